@@ -1,0 +1,5 @@
+"""SyCoCa: pretraining symmetric contrastive captioners."""
+
+from sycoca.pretrained import load
+
+__all__ = ["load"]

@@ -1,0 +1,49 @@
+"""Samples of one size to the tensors of a batch."""
+
+from typing import Any, NamedTuple
+
+from sycoca.data.tokenizer import pad_rows
+from sycoca.data.transforms import Pixels, TransformConfig, normalise
+
+
+class Sample(NamedTuple):
+    """One decoded pair, before normalisation: bytes are four times smaller than floats."""
+
+    key: str
+    pixel_HWC: Pixels
+    token: list[int]
+
+
+class EvalSample(NamedTuple):
+    """One decoded image with everything that is known of it."""
+
+    key: str
+    pixel_HWC: Pixels
+    captions: list[str]
+    meta: dict[str, Any]
+
+
+def collate_pairs(samples: list[Sample], transform: TransformConfig, *, pad: int, num_columns: int) -> dict[str, Any]:
+    """`Batch` without its position; captions are padded to `num_columns`."""
+    token_BL, length_B = pad_rows([sample.token for sample in samples], num_columns, pad)
+    return {
+        "image": normalise([sample.pixel_HWC for sample in samples], transform),
+        "token": token_BL,
+        "length": length_B,
+        "key": [sample.key for sample in samples],
+    }
+
+
+def collate_images(samples: list[EvalSample], transform: TransformConfig) -> dict[str, Any]:
+    """Images, keys, all captions and the json of each sample."""
+    return {
+        "image": normalise([sample.pixel_HWC for sample in samples], transform),
+        "key": [sample.key for sample in samples],
+        "captions": [sample.captions for sample in samples],
+        "meta": [sample.meta for sample in samples],
+    }
+
+
+def num_columns(longest: int, *, round_to: int, max_tokens: int) -> int:
+    """Length of a batch whose longest caption has `longest` tokens: few lengths mean few compiled kernels."""
+    return min(-(-longest // round_to) * round_to, max_tokens)

@@ -1,0 +1,106 @@
+"""What loader workers tell the training process, in the only way they can: in their batches' `position`."""
+
+from collections import Counter
+from typing import Any
+
+from sycoca.types import DataError
+
+KEPT = frozenset({"truncated_caption"})
+"""Reasons that are counted although the sample is kept."""
+
+_MIN_JUDGED = 100  # samples before the share of dropped ones says anything
+
+
+class DropLog:
+    """A worker's count of what it drops: by reason since it was last asked, and by shard since it began."""
+
+    def __init__(self, max_bad_share: float):
+        self._max_bad_share = max_bad_share
+        self._new: Counter[str] = Counter()
+        self._by_shard: dict[str, Counter[str]] = {}
+        self._num_bad = 0
+        self.num_kept = 0
+
+    def add(self, reason: str, shard: str) -> None:
+        """Count one sample. Raises DataError, with the worst shard, when too large a share has been dropped."""
+        self._new[reason] += 1
+        if reason in KEPT:
+            return
+        self._num_bad += 1
+        self._by_shard.setdefault(shard, Counter())[reason] += 1
+        num_seen = self._num_bad + self.num_kept
+        if num_seen >= _MIN_JUDGED and self._num_bad > self._max_bad_share * num_seen:
+            raise DataError(
+                f"{self._num_bad} of {num_seen} samples could not be used, more than data.max_bad_share = "
+                f"{self._max_bad_share}; {self.describe_worst()}. Repair or remove the shard, or raise the limit"
+            )
+
+    def take(self) -> dict[str, int]:
+        """Counts by reason since the last call."""
+        taken = dict(self._new)
+        self._new.clear()
+        return taken
+
+    def worst(self) -> tuple[str, int] | None:
+        """The shard with the most dropped samples, and their number."""
+        if not self._by_shard:
+            return None
+        shard = max(self._by_shard, key=lambda name: self._by_shard[name].total())
+        return shard, self._by_shard[shard].total()
+
+    def describe_worst(self) -> str:
+        """The worst shard with its counts, for an error message."""
+        worst = self.worst()
+        if worst is None:
+            return "no sample was dropped"
+        reasons = ", ".join(f"{number} {reason}" for reason, number in self._by_shard[worst[0]].most_common())
+        return f"worst shard: {worst[0]} ({reasons})"
+
+
+class DropCounter:
+    """Sums over a run what the batches say was dropped on this rank."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._worst: dict[int, tuple[str, int]] = {}
+
+    def add(self, position: dict[str, Any]) -> None:
+        """Note the position of a batch that was used."""
+        self.counts.update(position["num_dropped"])
+        if position["worst"] is not None:
+            self._worst[position["worker"]] = position["worst"]
+
+    def total(self) -> int:
+        """Samples dropped; those with a shortened caption were kept."""
+        return sum(number for reason, number in self.counts.items() if reason not in KEPT)
+
+    def line(self) -> str:
+        """For the log: counts by reason, and the shard that lost most."""
+        if not self.counts:
+            return "no samples dropped"
+        reasons = ", ".join(f"{reason} {number}" for reason, number in self.counts.most_common())
+        worst = max(self._worst.values(), key=lambda pair: pair[1], default=None)
+        return f"dropped {self.total()} samples ({reasons})" + (f", worst shard {worst[0]} ({worst[1]})" if worst else "")
+
+
+class PositionTracker:
+    """Where this rank's loader stands, by the batches that were used; batches made ahead do not count.
+
+    `resume` is an earlier `state()`, to go on from.
+    """
+
+    def __init__(self, resume: dict[str, Any] | None = None):
+        self._state: dict[str, Any] = resume or {"order": None, "next_worker": 0, "workers": {}}
+
+    def update(self, position: dict[str, Any]) -> None:
+        """Note the position of a batch that was used."""
+        stands = {name: position[name] for name in ("epoch", "group", "offset")}
+        self._state = {
+            "order": position["order"],
+            "next_worker": (position["worker"] + 1) % position["num_workers"],
+            "workers": {**self._state["workers"], str(position["worker"]): stands},
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for the checkpoint of this rank."""
+        return self._state

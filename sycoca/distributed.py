@@ -1,0 +1,101 @@
+"""Talking between ranks; the only import of torch.distributed. One process takes the same path and pays nothing.
+
+Every function that takes part in a collective must be called by all ranks, in the same order.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """Whether a process group is running; with one process there may be none."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number, 0 without a process group."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a process group."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if is_distributed():
+        dist.barrier()
+
+
+def gather_rows(rows_BE: Tensor) -> Tensor:
+    """GE: the rows of all ranks in rank order, with the gradient flowing back to the rank that each row came from.
+
+    Every rank must bring the same number of rows. The backward pass sums what all ranks' losses say of a row, so a
+    loss over this rank's rows, averaged over ranks by DDP, has the one-process gradient (design: a gather without
+    gradient halves it at two ranks).
+    """
+    if world_size() == 1:
+        return rows_BE
+    return _GatherRows.apply(rows_BE)  # pyright: ignore[reportReturnType]
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.num_rows = rows.shape[0]
+        gathered = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        start = rank() * ctx.num_rows
+        return total[start : start + ctx.num_rows]
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum over ranks, without gradient; a new tensor."""
+    total = value.detach().clone()
+    if is_distributed():
+        dist.all_reduce(total)
+    return total
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean over ranks, without gradient; a new tensor."""
+    return sum_over_ranks(value) / world_size()
+
+
+def gather_objects(item: Any) -> list[Any]:
+    """Every rank's item in rank order, on every rank. Pickles: for small things between our own processes only."""
+    if world_size() == 1:
+        return [item]
+    items: list[Any] = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank."""
+    return bool(sum_over_ranks(torch.tensor(int(flag), device=device)).item())
+
+
+def gather_uneven_rows(rows_NE: Tensor) -> Tensor:
+    """The rows of all ranks in rank order, without gradient; ranks may bring different numbers of rows, and none.
+
+    Every rank's rows have the same width and type, also where there are none of them.
+    """
+    if world_size() == 1:
+        return rows_NE.detach()
+    counts = gather_objects(rows_NE.shape[0])
+    padded_NE = rows_NE.new_zeros((max(counts), *rows_NE.shape[1:]))
+    padded_NE[: rows_NE.shape[0]] = rows_NE.detach()
+    gathered = [torch.empty_like(padded_NE) for _ in counts]
+    dist.all_gather(gathered, padded_NE)
+    return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])

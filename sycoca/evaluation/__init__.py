@@ -1,0 +1,1 @@
+"""Measures of a subject: retrieval, zero-shot classification, caption metrics, question answering."""

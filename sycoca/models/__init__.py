@@ -1,0 +1,1 @@
+"""The networks: encoders, decoders, masking, and the rules that initialise them."""

@@ -1,0 +1,45 @@
+"""The text decoder: the multimodal half of the text layers, causal over tokens, attending to image patches (CoCa, section 3.2)."""
+
+from torch import Tensor, nn
+
+from sycoca.config import Config
+from sycoca.models.blocks import AttentionCache, Block, Stack
+from sycoca.models.vocabulary import Vocabulary
+
+
+class TextDecoderConfig(Config):
+    """Width and heads are the text encoder's: the decoder continues its token states."""
+
+    num_layers: int = 12
+    mlp_ratio: float = 4.0
+    dropout: float = 0.0
+
+
+class TextDecoder(nn.Module):
+    """Next-token logits, or their summed loss, from unimodal token states and image memory."""
+
+    def __init__(
+        self, config: TextDecoderConfig, *, width: int, num_heads: int, memory_width: int, vocab_size: int,
+        recompute: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        blocks = [
+            Block(
+                width, num_heads, is_causal=True, memory_width=memory_width, mlp_ratio=config.mlp_ratio,
+                dropout=config.dropout,
+            )
+            for _ in range(config.num_layers)
+        ]  # fmt: skip
+        self.stack = Stack(blocks, width, recompute=recompute)
+        self.vocabulary = Vocabulary(width, vocab_size)
+
+    def forward(
+        self, token_BLD: Tensor, memory_BMF: Tensor, label_BL: Tensor | None = None,
+        caches: list[AttentionCache] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Without labels BLV logits; with labels the cross-entropy summed over all labels that are not negative."""
+        state_BLD = self.stack(token_BLD, memory_BMF, caches=caches)
+        if label_BL is None:
+            return self.vocabulary(state_BLD)
+        is_target_BL = label_BL >= 0
+        return self.vocabulary(state_BLD[is_target_BL], label_BL[is_target_BL])

@@ -1,0 +1,1 @@
+"""The pretraining objectives; `union.py` lists them."""

@@ -1,0 +1,152 @@
+"""Checkpoints: weights and their description for everyone, optimiser, random state and data position for resuming.
+
+    checkpoints/step_00000100/
+        model.safetensors      every parameter of the task, float32: `model.*` and `objectives.*`
+        model.yaml tokenizer/  what `sycoca.load` needs to build the model again
+        config.yaml            the whole experiment, resolved
+        meta.json              step, pairs seen, metrics, number of processes, engine
+        state/                 optimiser, random state and data position of every rank
+    checkpoints/last -> step_00000100      checkpoints/best -> ...
+
+A checkpoint is written under a temporary name and renamed when it is whole. Every rank must take part.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sycoca.distributed import barrier, rank, world_size
+from sycoca.pretrained import load_weights
+from sycoca.train.loop import TrainState
+from sycoca.types import CheckpointError
+
+FORMAT = 1
+
+
+@dataclass
+class Trainee:
+    """What is being trained, after `accelerator.prepare`."""
+
+    accelerator: Accelerator
+    task: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def engine(self) -> str:
+        """`deepspeed` or `plain`: the two write their optimiser state differently."""
+        return "deepspeed" if self.accelerator.distributed_type == "DEEPSPEED" else "plain"
+
+
+def save_checkpoint(folder: Path, trainee: Trainee, state: TrainState, *, describe: Any, metrics: dict[str, float]) -> Path:
+    """Write `folder/step_...` and point `folder/last` at it. `describe(path)` writes the model's and run's description."""
+    target = folder / f"step_{state.step:08d}"
+    draft = folder / f".{target.name}.partial"
+    is_main = trainee.accelerator.is_main_process
+    if is_main:
+        shutil.rmtree(draft, ignore_errors=True)
+        (draft / "state").mkdir(parents=True)
+    barrier()
+    weights = trainee.accelerator.get_state_dict(trainee.task)  # a gather under ZeRO-3: all ranks
+    if is_main:
+        whole = {key: value.detach().float().cpu().contiguous() if value.is_floating_point() else value.cpu().contiguous()
+                 for key, value in weights.items()}  # fmt: skip
+        save_file(whole, draft / "model.safetensors")
+        describe(draft)
+        meta = {"format": FORMAT, "step": state.step, "num_pairs": state.num_pairs, "best": state.best, "metrics": metrics,
+                "world_size": world_size(), "engine": trainee.engine}  # fmt: skip
+        (draft / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    _save_resume_state(draft / "state", trainee, state)
+    barrier()
+    if is_main:
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(draft, target)
+        point(folder / "last", target)
+    barrier()
+    return target
+
+
+def load_checkpoint(path: Path, trainee: Trainee, state: TrainState) -> None:
+    """Continue as if never interrupted: weights, optimiser, random state, data position, step."""
+    meta = read_meta(path)
+    if meta["engine"] != trainee.engine:
+        raise CheckpointError(
+            f"{path} was written by the {meta['engine']} engine and this run uses {trainee.engine}; "
+            f"resume with the same launch file, or start from its weights with init.checkpoint={path}"
+        )
+    if trainee.engine == "deepspeed":
+        trainee.task.load_checkpoint(str(path / "state" / "deepspeed"))  # pyright: ignore[reportCallIssue]
+    else:
+        task = trainee.accelerator.unwrap_model(trainee.task)
+        load_weights(task, load_file(path / "model.safetensors"), source=str(path))
+        optimizer_state = torch.load(path / "state" / "optimizer.pt", weights_only=True, map_location="cpu")
+        trainee.optimizer.load_state_dict(optimizer_state)
+    state.step, state.num_pairs, state.best = meta["step"], meta["num_pairs"], meta["best"]
+    mine = path / "state" / f"rank_{rank()}.json"
+    if meta["world_size"] == world_size() and mine.is_file():
+        state.positions = json.loads(mine.read_text(encoding="utf-8"))
+        _set_random_state(torch.load(path / "state" / f"random_{rank()}.pt", weights_only=True))
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """A checkpoint's meta.json."""
+    try:
+        return json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint that can be resumed: {error}") from error
+
+
+def find_resume(folder: Path, resume: str) -> Path | None:
+    """`auto`: the last checkpoint of this run if there is one; `none`: start anew; otherwise a checkpoint's path."""
+    if resume == "none":
+        return None
+    if resume == "auto":
+        last = folder / "last"
+        return last.resolve() if (last / "meta.json").is_file() else None
+    path = Path(resume)
+    if not (path / "meta.json").is_file():
+        raise CheckpointError(f"run.resume: no checkpoint at {path}; expected `auto`, `none` or a step_... folder")
+    return path
+
+
+def point(link: Path, target: Path) -> None:
+    """Make `link` a symbolic link to `target` beside it, in one step."""
+    draft = link.with_name(f".{link.name}.partial")
+    draft.unlink(missing_ok=True)
+    draft.symlink_to(target.name)
+    os.replace(draft, link)
+
+
+def remove_old(folder: Path, num_kept: int) -> None:
+    """Keep the newest `num_kept` checkpoints and the best one."""
+    kept = {(folder / name).resolve() for name in ("last", "best")}
+    steps = sorted(folder.glob("step_*"))
+    for path in steps[: max(0, len(steps) - num_kept)]:
+        if path.resolve() not in kept:
+            shutil.rmtree(path)
+
+
+def _save_resume_state(folder: Path, trainee: Trainee, state: TrainState) -> None:
+    if trainee.engine == "deepspeed":
+        trainee.task.save_checkpoint(str(folder / "deepspeed"))  # pyright: ignore[reportCallIssue]
+    elif trainee.accelerator.is_main_process:
+        torch.save(trainee.optimizer.state_dict(), folder / "optimizer.pt")
+    (folder / f"rank_{rank()}.json").write_text(json.dumps(state.positions), encoding="utf-8")
+    torch.save(_random_state(), folder / f"random_{rank()}.pt")
+
+
+def _random_state() -> dict[str, Any]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def _set_random_state(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])

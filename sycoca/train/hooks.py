@@ -1,0 +1,142 @@
+"""What happens around the steps: the log, evaluation, samples, checkpoints. Each is called after every step on every rank."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sycoca.data.position import DropCounter
+from sycoca.distributed import gather_objects, mean_over_ranks, world_size
+from sycoca.log import Tracker, logger
+from sycoca.train.checkpoint import Trainee, point, remove_old, save_checkpoint
+from sycoca.train.loop import StepReport, TrainState
+
+
+def is_due(report: StepReport, every: int) -> bool:
+    """Every so many steps and at the end; 0 is never."""
+    return every > 0 and (report.step % every == 0 or report.is_last)
+
+
+class LogHook:
+    """Means since the last line, over all ranks: to the console, JSONL and trackers."""
+
+    def __init__(self, every: int, num_steps: int, trackers: list[Tracker]):
+        self.every, self.num_steps, self.trackers = every, num_steps, trackers
+        self.drops = DropCounter()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.num_steps_seen = self.num_pairs = self.num_tokens = self.num_columns = 0
+        self.wait_seconds = 0.0
+        self.started = time.perf_counter()
+
+    def __call__(self, report: StepReport) -> None:
+        for name, value in report.metrics.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.float()
+        self.num_steps_seen += 1
+        self.num_pairs += len(report.batch["key"])
+        self.num_columns += report.batch["token"].numel()
+        self.num_tokens += int(report.batch["length"].sum())
+        self.wait_seconds += report.wait_seconds
+        self.drops.add(report.batch["position"])
+        if is_due(report, self.every):
+            self._write(report)
+            self._clear()
+
+    def _write(self, report: StepReport) -> None:
+        values = {name: mean_over_ranks(total / self.num_steps_seen).item() for name, total in self.sums.items()}
+        seconds = time.perf_counter() - self.started
+        values |= {
+            "lr": report.lr,
+            "pairs_per_second": self.num_pairs * world_size() / seconds,
+            "wait_share": self.wait_seconds / seconds,
+            "padding_share": 1 - self.num_tokens / self.num_columns,
+        }
+        if torch.cuda.is_available():
+            values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        dropped = sum((Counter(counts) for counts in gather_objects(dict(self.drops.counts))), Counter())
+        values |= {f"dropped/{reason}": float(number) for reason, number in dropped.items()}
+        eta = (self.num_steps - report.step) * seconds / self.num_steps_seen
+        logger.info("%s", self._line(report.step, values, eta))
+        if dropped and report.is_last:
+            logger.info("data: %s", self.drops.line())
+        for tracker in self.trackers:
+            tracker.write(report.step, values)
+
+    def _line(self, step: int, values: dict[str, float], eta: float) -> str:
+        losses = "  ".join(f"{name.removesuffix('/loss')} {value:.3f}" for name, value in values.items() if name.endswith("loss"))
+        dropped = sum(value for name, value in values.items() if name.startswith("dropped/"))
+        return (
+            f"step {step}/{self.num_steps}  {losses}  lr {values['lr']:.2e}  {values['pairs_per_second']:.1f} pairs/s  "
+            f"wait {values['wait_share']:.0%}  dropped {dropped:.0f}  ETA {int(eta) // 3600}:{int(eta) // 60 % 60:02d}:{int(eta) % 60:02d}"
+        )
+
+
+@dataclass
+class EvaluateHook:
+    """Runs the evaluators on the model as it stands; keeps the newest figures and whether they are the best so far."""
+
+    every: int
+    evaluate: Callable[[], dict[str, float]]
+    choose_by: str
+    state: TrainState
+    trackers: list[Tracker]
+    is_best: bool = False
+
+    def __post_init__(self) -> None:
+        self.figures: dict[str, float] = {}
+
+    def __call__(self, report: StepReport) -> None:
+        self.is_best = False
+        if not is_due(report, self.every):
+            return
+        self.figures = self.evaluate()
+        score = self.figures[self.choose_by]
+        if self.state.best is None or score > self.state.best:
+            self.state.best, self.is_best = score, True
+        logger.info("evaluation at step %d: %s", report.step, "  ".join(f"{k} {v:.2f}" for k, v in self.figures.items()))
+        for tracker in self.trackers:
+            tracker.write(report.step, {f"eval/{name}": value for name, value in self.figures.items()})
+
+
+@dataclass
+class SampleHook:
+    """Writes what the model makes of a few held-out pairs."""
+
+    every: int
+    write: Callable[[int], None]
+
+    def __call__(self, report: StepReport) -> None:
+        if is_due(report, self.every):
+            self.write(report.step)
+
+
+@dataclass
+class CheckpointHook:
+    """Saves every so many steps, at the end, and whenever the evaluation before it was the best."""
+
+    every: int
+    num_kept: int
+    folder: Path
+    trainee: Trainee
+    state: TrainState
+    describe: Callable[[Path], Any]
+    evaluation: EvaluateHook | None
+
+    def __call__(self, report: StepReport) -> None:
+        is_best = self.evaluation is not None and self.evaluation.is_best
+        if not (is_due(report, self.every) or is_best):
+            return
+        figures = self.evaluation.figures if self.evaluation is not None else {}
+        path = save_checkpoint(self.folder, self.trainee, self.state, describe=self.describe, metrics=figures)
+        if self.trainee.accelerator.is_main_process:
+            if is_best:
+                point(self.folder / "best", path)
+            remove_old(self.folder, self.num_kept)
+        logger.info("checkpoint %s%s", path, " (best so far)" if is_best else "")

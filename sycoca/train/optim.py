@@ -1,0 +1,67 @@
+"""The optimiser, its parameter groups, and the learning rate as a pure function of the step."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from sycoca.config import Config
+from sycoca.models.vocabulary import Vocabulary
+from sycoca.objectives.base import Objective
+
+
+class OptimConfig(Config):
+    """AdamW with linear warm-up and cosine decay. `lr` is the peak rate."""
+
+    lr: float
+    num_steps: int
+    warmup_steps: int = 2000
+    final_lr_share: float = 0.0
+    weight_decay: float = 0.2
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    clip_norm: float = 1.0
+    num_chunks: int = 1
+    """Work each batch off in so many pieces (gradient caching): less memory, the same gradients."""
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0: linear to `lr`, then a cosine to `final_lr_share * lr`."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.num_steps - self.warmup_steps)
+        share = (1 + math.cos(math.pi * min(1.0, done))) / 2
+        return self.lr * (self.final_lr_share + (1 - self.final_lr_share) * share)
+
+
+def build_optimizer(task: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over three groups: matrices (decayed); norms, biases, embeddings and tokens; the objectives' own parameters."""
+    groups = [group for group in group_parameters(task, config.weight_decay) if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def group_parameters(task: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Every trainable parameter once; decided by the module that owns it, never by its name."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    of_losses: list[nn.Parameter] = []
+    for module in task.modules():
+        is_matrix = isinstance(module, nn.Linear | nn.Conv2d | Vocabulary)
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            if isinstance(module, Objective):
+                of_losses.append(parameter)
+            else:
+                (decayed if is_matrix and parameter.ndim > 1 else plain).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+        {"params": of_losses, "weight_decay": 0.0},
+    ]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,118 @@
+"""What is trained: a model and its objectives behind one `forward`. This, and only this, goes to `accelerator.prepare`."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sycoca.distributed import sum_over_ranks
+from sycoca.models.masking import RelevanceConfig
+from sycoca.models.sycoca import Part, SyCoCa
+from sycoca.objectives.base import Objective, ObjectiveConfig
+from sycoca.types import Batch, ConfigError, Features, Metrics
+
+
+def needed_parts(objectives: Mapping[str, Any]) -> frozenset[Part]:
+    """The union of what the objectives need of the model, from their configurations."""
+    return frozenset().union(*(config.build().needs for config in objectives.values()))
+
+
+class PretrainTask(nn.Module):
+    """Encode once, then the weighted sum of the objectives.
+
+    num_chunks > 1 works the batch off in that many pieces whose activations are recomputed in the backward pass, random
+    state included (gradient caching): memory of one piece, gradients of the whole batch, the contrastive batch stays whole.
+    """
+
+    step: Tensor
+
+    def __init__(
+        self, model: SyCoCa, configs: Mapping[str, ObjectiveConfig], relevance: RelevanceConfig, *, num_chunks: int = 1,
+        is_bf16: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        self.model = model
+        self.objectives = nn.ModuleDict({name: config.build() for name, config in configs.items()})  # pyright: ignore
+        self.weights = {name: config.weight for name, config in configs.items()}
+        self.relevance, self.num_chunks, self.is_bf16 = relevance, num_chunks, is_bf16
+        self.needs_relevance = any(objective.needs_relevance for objective in self.members().values())
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        if self.needs_relevance and relevance.space == "itc" and "contrast" not in model.parts:
+            raise ConfigError(
+                "relevance.space: 'itc' needs an objective of type itc; add one, use space: encoder, or select at random"
+            )
+
+    def members(self) -> dict[str, Objective]:
+        """The objectives by name."""
+        return {name: module for name, module in self.objectives.items() if isinstance(module, Objective)}
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The loss (its mean over ranks is the loss of the whole batch) and each objective's metrics, `name/metric`."""
+        # here and not by the engine: the parameters stay float32 under DDP and every ZeRO stage alike
+        with torch.autocast(batch["image"].device.type, torch.bfloat16, enabled=self.is_bf16):
+            results = self._forward_whole(batch) if self.num_chunks == 1 else self._forward_in_chunks(batch)
+        if self.training:
+            self.step += 1
+        loss = torch.stack([self.weights[name] * result[0] for name, result in results.items()]).sum()
+        metrics = {f"{name}/{key}": value for name, result in results.items() for key, value in result[1].items()}
+        return loss, {"loss": loss.detach(), **metrics}
+
+    def _forward_whole(self, batch: Batch) -> dict[str, tuple[Tensor, Metrics]]:
+        features = self.encode(batch)
+        return {name: member(self.model, batch, features) for name, member in self.members().items()}
+
+    def encode(self, batch: Batch) -> Features:
+        """The model's features, and the relevance of patches where an objective masks by it."""
+        features = self.model.encode(batch)
+        if not self.needs_relevance:
+            return features
+        if self.training and int(self.step) < self.relevance.random_until_step:
+            score_BP = torch.rand(features.patch_BPD.shape[:2], device=features.patch_BPD.device)
+        else:
+            score_BP = self.model.relevance(features, batch["length"], self.relevance)
+        return replace(features, relevance_BP=score_BP)
+
+    def _forward_in_chunks(self, batch: Batch) -> dict[str, tuple[Tensor, Metrics]]:
+        chunks = split_batch(batch, self.num_chunks)
+        separable = {name: member for name, member in self.members().items() if member.is_separable}
+        parts = [checkpoint(self._encode_chunk, chunk, separable, use_reentrant=False) for chunk in chunks]
+        images, texts, losses = zip(*parts, strict=True)  # pyright: ignore
+        results: dict[str, tuple[Tensor, Metrics]] = {}
+        for number, (name, member) in enumerate(separable.items()):
+            mass = torch.stack([sum_over_ranks(member.mass(chunk)) for chunk in chunks])
+            loss = (torch.stack([loss[number] for loss in losses]) * mass / mass.sum()).sum()
+            results[name] = (loss, {"loss": loss.detach()})
+        for name, member in self.members().items():
+            if name not in separable:
+                nothing = images[0].new_zeros(0)
+                whole = Features(nothing, nothing, None, torch.cat(images), torch.cat(texts))
+                results[name] = member(self.model, batch, whole)
+        return results
+
+    def _encode_chunk(self, chunk: Batch, separable: dict[str, Objective]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        features = self.encode(chunk)
+        nothing = features.patch_BPD.new_zeros(0)
+        image_BE = nothing if features.image_BE is None else features.image_BE
+        text_BE = nothing if features.text_BE is None else features.text_BE
+        return image_BE, text_BE, [member(self.model, chunk, features)[0] for member in separable.values()]
+
+
+def split_batch(batch: Batch, num_chunks: int) -> list[Batch]:
+    """Equal pieces of a batch in order; every tensor keeps its padding."""
+    size = batch["image"].shape[0]
+    if size % num_chunks:
+        raise ConfigError(f"optim.num_chunks: a batch of {size} does not divide into {num_chunks} chunks")
+    rows = size // num_chunks
+    return [
+        Batch(
+            image=batch["image"][start : start + rows],
+            token=batch["token"][start : start + rows],
+            length=batch["length"][start : start + rows],
+            key=batch["key"][start : start + rows],
+            position=batch["position"],
+        )
+        for start in range(0, size, rows)
+    ]

@@ -1,0 +1,54 @@
+#!/usr/bin/env python
+"""Caption images with a checkpoint.
+
+tools/caption.py runs/scenes photo.jpg other.png --method beam --num-beams 4
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+import sycoca
+from sycoca.cli import run_tool
+from sycoca.config import parse_config
+from sycoca.evaluation.image_sources import read_image
+from sycoca.generation import GenerationConfig
+from sycoca.log import set_up_console
+
+
+def main() -> Mapping[str, Any]:
+    options = vars(_parse())
+    checkpoint, paths, batch_size = (options.pop(name) for name in ("checkpoint", "images", "batch_size"))
+    seed = options.pop("seed")
+    state = PartialState(cpu=not torch.cuda.is_available())
+    set_up_console(is_main=state.is_main_process)
+    config = parse_config(GenerationConfig, options, source="options")
+    subject = sycoca.load(checkpoint, device=state.device)
+    generator = torch.Generator(state.device).manual_seed(seed)
+    captions: list[str] = []
+    for start in range(0, len(paths), batch_size):
+        images = [read_image(path) for path in paths[start : start + batch_size]]
+        captions += subject.caption(images, generation=config, generator=generator)
+    return {"captions": dict(zip(map(str, paths), captions, strict=True))}
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a checkpoint folder or a run folder")
+    parser.add_argument("images", nargs="+", type=Path)
+    parser.add_argument("--method", choices=("greedy", "beam", "top_p"), default="greedy")
+    for name in ("max_tokens", "min_tokens", "num_beams", "no_repeat_ngram"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=GenerationConfig.model_fields[name].default)
+    for name in ("length_penalty", "top_p", "temperature", "repetition_penalty"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=GenerationConfig.model_fields[name].default)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0, help="of --method top_p")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_tool(main)
