@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sycoca.distributed import rank
 from sycoca.log import print_result
 from sycoca.types import CheckpointError, ConfigError, DataError
 
@@ -11,7 +12,7 @@ USER_ERROR_STATUS = 2
 
 
 def run_tool(main: Callable[[], Mapping[str, Any]]) -> None:
-    """Print what `main` returns as the last line of standard output.
+    """Print what `main` returns as the last line of standard output, on rank 0.
 
     A user's mistake, or an OSError that names a file, becomes `error: ...` on standard error and exit status 2;
     any other exception keeps its traceback.
@@ -25,7 +26,8 @@ def run_tool(main: Callable[[], Mapping[str, Any]]) -> None:
             raise
         _exit_with(f"{error.filename}: {error.strerror}")
     else:
-        print_result(result)
+        if rank() == 0:
+            print_result(result)
 
 
 def _exit_with(message: str) -> None:

@@ -51,7 +51,7 @@ class TensorBoardTracker:
     """Writes scalars for TensorBoard."""
 
     def __init__(self, folder: Path):
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  slow to import, and only rank 0 needs it
+        from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder))
 
@@ -67,7 +67,7 @@ class WandbTracker:
     """Writes to Weights & Biases; `pip install sycoca[wandb]`."""
 
     def __init__(self, project: str, folder: Path, config: dict[str, Any]):
-        import wandb  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  optional
+        import wandb  # pyright: ignore[reportMissingImports]  optional
 
         self._run = wandb.init(project=project, dir=str(folder), config=config, resume="allow")
 

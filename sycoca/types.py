@@ -62,11 +62,11 @@ class Features:
 class DualEncoder(Protocol):
     """A pair of encoders with one embedding space: a checkpoint of ours, an open_clip model, a transformers CLIP."""
 
-    def encode_image(self, image_BCHW: Tensor) -> Tensor:
+    def encode_image(self, image_BCHW: Tensor, /) -> Tensor:
         """BE, raw (not normalised), float32."""
         ...
 
-    def encode_text(self, texts: list[str]) -> Tensor:
+    def encode_text(self, texts: list[str], /) -> Tensor:
         """NE, raw (not normalised), float32."""
         ...
 
@@ -75,7 +75,7 @@ class DualEncoder(Protocol):
 class Captioner(Protocol):
     """Writes one caption an image."""
 
-    def caption(self, image_BCHW: Tensor, keys: list[str]) -> list[str]:
+    def caption(self, image_BCHW: Tensor, keys: list[str], /) -> list[str]:
         """`keys` name the images, so that nobody retrieves an image's own caption."""
         ...
 

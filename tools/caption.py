@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 
 import sycoca
 from sycoca.cli import run_tool
@@ -24,11 +24,11 @@ def main() -> Mapping[str, Any]:
     options = vars(_parse())
     checkpoint, paths, batch_size = (options.pop(name) for name in ("checkpoint", "images", "batch_size"))
     seed = options.pop("seed")
-    state = PartialState(cpu=not torch.cuda.is_available())
-    set_up_console(is_main=state.is_main_process)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    set_up_console(is_main=accelerator.is_main_process)
     config = parse_config(GenerationConfig, options, source="options")
-    subject = sycoca.load(checkpoint, device=state.device)
-    generator = torch.Generator(state.device).manual_seed(seed)
+    subject = sycoca.load(checkpoint, device=accelerator.device)
+    generator = torch.Generator(accelerator.device).manual_seed(seed)
     captions: list[str] = []
     for start in range(0, len(paths), batch_size):
         images = [read_image(path) for path in paths[start : start + batch_size]]

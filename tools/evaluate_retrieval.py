@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 
 import sycoca
 from sycoca.cli import run_tool
@@ -23,9 +23,9 @@ from sycoca.log import set_up_console
 
 def main() -> Mapping[str, Any]:
     options = _parse()
-    state = PartialState(cpu=not torch.cuda.is_available())
-    set_up_console(is_main=state.is_main_process)
-    subject = sycoca.load(options.checkpoint, device=state.device)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    set_up_console(is_main=accelerator.is_main_process)
+    subject = sycoca.load(options.checkpoint, device=accelerator.device)
     settings = {
         "shards": options.shards,
         "batch_size": options.batch_size,
@@ -35,8 +35,8 @@ def main() -> Mapping[str, Any]:
     loader = build_eval_loader(
         parse_config(DataConfig, settings, source="--shards"),
         subject.tokenizer,
-        rank=state.process_index,
-        world_size=state.num_processes,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
         batch_size=options.batch_size,
     )
     batches = islice(loader, options.limit)

@@ -2,7 +2,7 @@
 """Zero-shot classification of labelled images: top-1, top-5 and mean per-class accuracy in percent.
 
     tools/evaluate_zero_shot.py runs/scenes --images data/scenes/val-*.tar --templates scenes
-    torchrun --nproc-per-node 8 tools/evaluate_zero_shot.py runs/cc12m --images imagenet/val --classes imagenet --templates openai
+    torchrun --nproc-per-node 8 tools/evaluate_zero_shot.py runs/cc12m --images imagenet/val --classes imagenet
 
 Images are a folder or a tar of `<class>/<file>`, or shards whose samples carry their label.
 """
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 
 import sycoca
 from sycoca.cli import run_tool
@@ -23,15 +23,15 @@ from sycoca.log import logger, set_up_console
 
 def main() -> Mapping[str, Any]:
     options = _parse()
-    state = PartialState(cpu=not torch.cuda.is_available())
-    set_up_console(is_main=state.is_main_process)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    set_up_console(is_main=accelerator.is_main_process)
     labels = list_labels(options.images)
     class_names = zero_shot.read_classes(options.classes) if options.classes else zero_shot.take_as_classes(labels)
     places = zero_shot.match_labels(labels, class_names)
-    subject = sycoca.load(options.checkpoint, device=state.device)
-    images = labelled_images(options.images, rank=state.process_index, world_size=state.num_processes)
+    subject = sycoca.load(options.checkpoint, device=accelerator.device)
+    images = labelled_images(options.images, rank=accelerator.process_index, world_size=accelerator.num_processes)
     batches = batch_images(images, subject.transform, places=places, batch_size=options.batch_size)
-    logger.info("%d classes, %d processes on %s", len(class_names), state.num_processes, state.device.type)
+    logger.info("%d classes, %d processes on %s", len(class_names), accelerator.num_processes, accelerator.device.type)
     evaluator = zero_shot.ZeroShotEvaluator(
         batches, class_names=class_names, templates=zero_shot.read_templates(options.templates)
     )

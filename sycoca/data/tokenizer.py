@@ -58,9 +58,7 @@ class Tokenizer(ABC):
         """The text up to the first eos, without special tokens."""
         kept: list[int] = []
         for token in map(int, ids):
-            if token == self.eos and token != self.bos:
-                break
-            if token == self.eos and kept:  # a tokenizer with one token for both ends
+            if token == self.eos and (kept or self.eos != self.bos):  # some tokenizers have one token for both ends
                 break
             if token != self.bos:
                 kept.append(token)

@@ -134,7 +134,7 @@ def _gathered(image_NE: Tensor, text_NE: Tensor, num_captions: dict[str, int]) -
         raise DataError(f"{twice}: an image of this name on two ranks; retrieval needs each image once")
     order = sorted(range(len(keys)), key=keys.__getitem__)
     starts = counts.cumsum(0) - counts
-    text_order = torch.cat([torch.arange(starts[row], starts[row] + counts[row]) for row in order])
+    text_order = torch.cat([torch.arange(int(counts[row])) + starts[row] for row in order])
     image_of_text_N = torch.arange(len(keys)).repeat_interleave(counts[order])
     device = image_NE.device
     return image_NE[order], text_NE[text_order.to(device)], image_of_text_N.to(device)

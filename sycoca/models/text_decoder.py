@@ -1,4 +1,4 @@
-"""The text decoder: the multimodal half of the text layers, causal over tokens, attending to image patches (CoCa, section 3.2)."""
+"""The text decoder: the multimodal half of the text layers, causal, attending to image patches (CoCa, section 3.2)."""
 
 from torch import Tensor, nn
 

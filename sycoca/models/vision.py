@@ -99,7 +99,8 @@ def _create_vit(config: VisionConfig) -> VisionTransformer:
         near = ", ".join(timm.list_models(f"*{config.name[:8]}*")[:5])
         raise ConfigError(f"model.vision: timm cannot build {config.name!r}: {error}; some known names: {near}") from error
     if not isinstance(vit, VisionTransformer):
-        raise ConfigError(f"model.vision.name: {config.name!r} is a {type(vit).__name__}; choose a timm VisionTransformer (vit_*)")
+        kind = type(vit).__name__
+        raise ConfigError(f"model.vision.name: {config.name!r} is a {kind}; choose a timm VisionTransformer (vit_*)")
     size = vit.patch_embed.patch_size[0]
     if config.image_size % size:
         raise ConfigError(f"model.vision.image_size: {config.image_size} does not divide into patches of {size} pixels")

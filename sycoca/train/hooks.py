@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +63,19 @@ class LogHook:
             values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         dropped = sum((Counter(counts) for counts in gather_objects(dict(self.drops.counts))), Counter())
         values |= {f"dropped/{reason}": float(number) for reason, number in dropped.items()}
-        eta = (self.num_steps - report.step) * seconds / self.num_steps_seen
+        eta = timedelta(seconds=int((self.num_steps - report.step) * seconds / self.num_steps_seen))
         logger.info("%s", self._line(report.step, values, eta))
         if dropped and report.is_last:
             logger.info("data: %s", self.drops.line())
         for tracker in self.trackers:
             tracker.write(report.step, values)
 
-    def _line(self, step: int, values: dict[str, float], eta: float) -> str:
-        losses = "  ".join(f"{name.removesuffix('/loss')} {value:.3f}" for name, value in values.items() if name.endswith("loss"))
+    def _line(self, step: int, values: dict[str, float], eta: timedelta) -> str:
+        losses = "  ".join(f"{name.removesuffix('/loss')} {value:.3f}" for name, value in values.items() if "loss" in name)
         dropped = sum(value for name, value in values.items() if name.startswith("dropped/"))
         return (
             f"step {step}/{self.num_steps}  {losses}  lr {values['lr']:.2e}  {values['pairs_per_second']:.1f} pairs/s  "
-            f"wait {values['wait_share']:.0%}  dropped {dropped:.0f}  ETA {int(eta) // 3600}:{int(eta) // 60 % 60:02d}:{int(eta) % 60:02d}"
+            f"wait {values['wait_share']:.0%}  dropped {dropped:.0f}  ETA {eta}"
         )
 
 

@@ -26,7 +26,7 @@ from sycoca.train.loop import Hook, TrainState, train
 from sycoca.train.optim import OptimConfig, build_optimizer
 from sycoca.train.samples import SampleWriter
 from sycoca.train.task import PretrainTask, needed_parts
-from sycoca.train.validation import EvaluateConfig, build_evaluation
+from sycoca.train.validation import CHOOSE_BY, EvaluateConfig, build_evaluation
 from sycoca.types import Batch, ConfigError
 
 
@@ -214,8 +214,9 @@ def build_hooks(run: Run) -> list[Hook]:
     hooks: list[Hook] = [LogHook(config.run.log_every, config.optim.num_steps, run.trackers)]
     evaluation = None
     if config.evaluate.shards:
-        evaluate, choose_by = build_evaluation(config.evaluate, config.data, run.subject, is_bf16=config.run.precision == "bf16")
-        evaluation = EvaluateHook(config.evaluate.every, evaluate, choose_by, run.state, run.trackers)
+        is_bf16 = config.run.precision == "bf16"
+        evaluate = build_evaluation(config.evaluate, config.data, run.subject, is_bf16=is_bf16)
+        evaluation = EvaluateHook(config.evaluate.every, evaluate, CHOOSE_BY, run.state, run.trackers)
         hooks.append(evaluation)
         if config.run.sample_every:
             task = accelerator.unwrap_model(run.trainee.task)

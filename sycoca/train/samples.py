@@ -19,7 +19,7 @@ from sycoca.models.image_decoder import patchify, unpatchify
 from sycoca.models.masking import gather_patches
 from sycoca.objectives.masked_image import VARIANCE_FLOOR, MaskedImageObjective
 from sycoca.pretrained import Pretrained
-from sycoca.train.task import PretrainTask
+from sycoca.train.task import PretrainTask, precision
 from sycoca.train.validation import EvaluateConfig, held_out
 from sycoca.types import Batch
 
@@ -45,7 +45,7 @@ class SampleWriter:
         was_training = self.task.training
         self.task.eval()
         references = [captions[0] for captions in self.pairs["captions"]]
-        with torch.autocast(self.subject.device.type, torch.bfloat16, enabled=self.task.is_bf16):
+        with precision(self.subject.device, is_bf16=self.task.is_bf16):
             columns = draw_columns(self.task, self.subject, self.pairs["image"], references)
             written = self._captions()
         self.task.train(was_training)

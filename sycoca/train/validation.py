@@ -1,8 +1,7 @@
-"""Evaluation inside a run: retrieval on held-out shards, and how much relevance finds the true objects where masks are known."""
+"""Evaluation inside a run: retrieval on held-out shards."""
 
 from collections.abc import Callable
 
-import torch
 from pydantic import Field
 
 from sycoca.config import Config
@@ -11,8 +10,10 @@ from sycoca.data.tokenizer import build_tokenizer
 from sycoca.distributed import rank, world_size
 from sycoca.evaluation.retrieval import RetrievalEvaluator
 from sycoca.pretrained import Pretrained
+from sycoca.train.task import precision
 
 CHOOSE_BY = "mean_recall"
+"""The figure by which the best checkpoint is chosen."""
 
 
 class EvaluateConfig(Config):
@@ -27,8 +28,8 @@ class EvaluateConfig(Config):
 
 def build_evaluation(
     config: EvaluateConfig, data: DataConfig, subject: Pretrained, *, is_bf16: bool
-) -> tuple[Callable[[], dict[str, float]], str]:
-    """A function that evaluates `subject` as it stands, on all ranks, and the figure to choose checkpoints by."""
+) -> Callable[[], dict[str, float]]:
+    """A function that evaluates `subject` as it stands, on all ranks."""
     source = held_out(config, data)
     tokenizer = build_tokenizer(data.tokenizer.name)
 
@@ -36,12 +37,12 @@ def build_evaluation(
         was_training = subject.model.training
         subject.model.eval()
         loader = build_eval_loader(source, tokenizer, rank=rank(), world_size=world_size(), batch_size=config.batch_size)
-        with torch.autocast(subject.device.type, torch.bfloat16, enabled=is_bf16):
+        with precision(subject.device, is_bf16=is_bf16):
             figures = RetrievalEvaluator(loader)(subject)
         subject.model.train(was_training)
         return figures
 
-    return evaluate, CHOOSE_BY
+    return evaluate
 
 
 def held_out(config: EvaluateConfig, data: DataConfig) -> DataConfig:

@@ -83,7 +83,7 @@ def test_a_very_long_caption_is_cut_and_kept(tmp_path: Path, clip: Tokenizer) ->
 def test_damaged_shards_are_counted_and_the_others_go_on(tmp_path: Path, clip: Tokenizer) -> None:
     write_shards(tmp_path, [6, 6, 6])
     cut, spoilt = tmp_path / "00001.tar", tmp_path / "00002.tar"
-    cut.write_bytes(cut.read_bytes()[: 512 * 9])
+    cut.write_bytes(cut.read_bytes()[: 512 * 20])
     spoilt.write_bytes(b"\x07" * 2048)
     batches, drops = _run(make_config(tmp_path, batch_size=1), clip, 30)
     keys = {key for batch in batches for key in batch["key"]}

@@ -10,8 +10,9 @@ import pytest
 import torch
 from shard_maker import encode_image, make_config, make_json, make_pair, write_shard, write_shards
 
+from sycoca.config import parse_config
 from sycoca.data.order import deal_shards
-from sycoca.data.pipeline import build_eval_loader, build_train_loader
+from sycoca.data.pipeline import DataConfig, build_eval_loader, build_train_loader
 from sycoca.data.position import PositionTracker
 from sycoca.data.tokenizer import Tokenizer, build_tokenizer
 from sycoca.types import CheckpointError, ConfigError, DataError
@@ -215,8 +216,5 @@ def test_evaluation_gives_all_captions_and_the_json(tmp_path: Path, clip: Tokeni
 
 
 def test_an_unknown_data_key_is_refused_with_its_near_name(folder: Path) -> None:
-    from sycoca.config import parse_config  # noqa: PLC0415
-    from sycoca.data.pipeline import DataConfig  # noqa: PLC0415
-
     with pytest.raises(ConfigError, match="did you mean 'batch_size'"):
         parse_config(DataConfig, {"shards": [str(folder)], "batchsize": 3}, source="test")

@@ -85,7 +85,7 @@ def test_a_compressed_shard_is_read_as_a_stream(shard: Path) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_truncated_shard_keeps_what_was_read(shard: Path, packed: bool) -> None:
-    half = shard.read_bytes()[: 512 * 13]  # v, w and x take 12 blocks; y's image breaks off
+    half = shard.read_bytes()[: 512 * 13]  # breaks off in a member
     path = shard.with_name("half.tar.gz" if packed else "half.tar")
     path.write_bytes(gzip.compress(half) if packed else half)
     samples, counts = _read(path)

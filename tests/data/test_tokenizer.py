@@ -39,7 +39,7 @@ def test_clip_ids_are_those_of_open_clip(clip: Tokenizer, text: str) -> None:
 
 def test_the_caption_of_an_exclamation_mark_survives_although_it_is_id_0(clip: Tokenizer) -> None:
     token_BL, length_B = clip.tokenize(["!", "a red ball !"], 10)
-    assert token_BL[0, :3].tolist() == [49406, 256, 49407] or token_BL[0, :3].tolist() == [49406, 0, 49407]
+    assert token_BL[0, :3].tolist() == [49406, 256, 49407]  # 0 is the same mark inside a word
     assert length_B.tolist() == [3, 6]
     assert clip.decode(token_BL[0].tolist()) == "!"
     assert clip.decode([clip.bos, 0, clip.eos, 0, 0]) == "!"
@@ -104,7 +104,7 @@ def _save_with(folder: Path, **special: str) -> None:
 
 def test_a_tokenizer_without_pad_is_refused_by_name(tmp_path: Path) -> None:
     _save_with(tmp_path, bos_token="[BOS]", eos_token="[EOS]")
-    with pytest.raises(ConfigError, match="no pad;.*pad_token"):
+    with pytest.raises(ConfigError, match=r"no pad;.*pad_token"):
         build_tokenizer(tmp_path)
 
 

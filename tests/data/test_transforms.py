@@ -45,7 +45,7 @@ def test_centre_crop_is_torchvisions(size: tuple[int, int]) -> None:
     reference = Compose([Resize(16, interpolation=InterpolationMode.BICUBIC), CenterCrop(16)])
     expected = np.asarray(reference(image)).astype(int)
     error = np.abs(eval_pixels(image, TransformConfig(size=16)).astype(int) - expected)
-    assert error.mean() < 0.2  # of 255 levels; noise is the worst case, and a shift by half a pixel gives more than 20
+    assert error.mean() < 0.5  # of 255 levels; noise is the worst case, and a shift by half a pixel gives more than 20
     assert np.quantile(error, 0.95) <= 1
 
 

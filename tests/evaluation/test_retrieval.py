@@ -130,6 +130,7 @@ def test_sets_that_cannot_be_measured_are_refused(batches: list[dict], message: 
         RetrievalEvaluator(batches)(TableEncoder())
 
 
+@pytest.mark.slow
 def test_two_processes_with_uneven_shares_give_the_numbers_of_one(tmp_path: Path):
     command = [sys.executable, __file__, str(tmp_path / "store")]
     processes = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]

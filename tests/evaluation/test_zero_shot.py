@@ -110,6 +110,7 @@ def test_constant_and_broken_embeddings_come_last(value: float):
     assert place_B.tolist() == [9, 9, 9]
 
 
+@pytest.mark.slow
 def test_two_processes_with_uneven_shares_give_the_numbers_of_one(tmp_path: Path):
     command = [sys.executable, __file__, str(tmp_path / "store")]
     processes = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
