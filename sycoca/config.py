@@ -28,7 +28,7 @@ class Config(BaseModel):
 def load_config(schema: type[Schema], path: str | Path, overrides: list[str] | None = None) -> Schema:
     """Read `path` with its bases, apply dotted overrides (`optim.lr=1e-4`) and check the result against `schema`.
 
-    Raises ConfigError, with the dotted path of what is wrong, for a missing file, an unknown key, a wrong type, a missing value.
+    Raises ConfigError, with the dotted path, for a missing file, an unknown key, a wrong type, a missing value.
     """
     try:
         merged = OmegaConf.merge(_read(Path(path), ()), OmegaConf.from_dotlist(_checked(overrides or [])))

@@ -1,7 +1,8 @@
 """Every initialisation rule of the model, in one place. A test fills the model with NaN, calls this, and finds no NaN left."""
 
+import torch
 from timm.models.vision_transformer import LayerScale, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from sycoca.models.blocks import Block, Stack
 from sycoca.models.image_decoder import ImageDecoder
@@ -9,6 +10,7 @@ from sycoca.models.pooling import AttentionPool
 from sycoca.models.text import TextEncoder
 from sycoca.models.vision import HidePatches, VisionEncoder
 from sycoca.models.vocabulary import Vocabulary
+from sycoca.types import ConfigError
 
 TOKEN_STD = 0.02
 """Embeddings, positions, learned tokens and plain linear maps (GPT-2, BEiT, MAE)."""
@@ -27,6 +29,8 @@ def initialise(model: nn.Module) -> None:
             _scale_by_depth(module)
         if isinstance(module, HidePatches):
             nn.init.trunc_normal_(module.mask_token, std=TOKEN_STD)
+        if isinstance(module, TextEncoder):
+            nn.init.normal_(module.position.weight, std=POSITION_STD)  # here: the rule of all embeddings came after its owner's
 
 
 def _initialise_one(module: nn.Module) -> None:
@@ -56,19 +60,41 @@ def _initialise_tokens(module: nn.Module) -> None:
     """Parameters that stand alone: learned tokens, positions, queries."""
     match module:
         case TextEncoder():
-            nn.init.normal_(module.position.weight, std=POSITION_STD)
             tokens = [module.summary_D]
         case ImageDecoder():
-            tokens = [module.position_PD, module.mask_token_D]
+            module.position_PD.data.copy_(grid_positions(*module.position_PD.shape))
+            tokens = [module.mask_token_D]
         case AttentionPool():
             tokens = [module.query_QD]
         case VisionTransformer():
-            tokens = [module.cls_token, module.reg_token, module.pos_embed]
+            _initialise_grid(module)
+            tokens = [module.cls_token, module.reg_token]
         case _:
             tokens = []
     for token in tokens:
         if token is not None:
             nn.init.trunc_normal_(token, std=TOKEN_STD)
+
+
+def _initialise_grid(vit: VisionTransformer) -> None:
+    """Positions of a new ViT start as sines and cosines of row and column, and are learned from there (MAE)."""
+    if vit.pos_embed is None:
+        return
+    num_patches, width = vit.patch_embed.num_patches, vit.embed_dim
+    nn.init.trunc_normal_(vit.pos_embed, std=TOKEN_STD)
+    vit.pos_embed.data[0, -num_patches:] = grid_positions(num_patches, width)
+
+
+def grid_positions(num_patches: int, width: int) -> Tensor:
+    """(P, D): for a square grid, half of the width encodes the row and half the column (MAE, appendix A; Transformer, 3.5)."""
+    side = round(num_patches**0.5)
+    if side**2 != num_patches or width % 4:
+        raise ConfigError(f"the image needs a square grid of patches and a width that divides by 4, found {num_patches}, {width}")
+    rate = 10_000.0 ** -(torch.arange(width // 4) / (width // 4))
+    angle_SD = torch.arange(side)[:, None] * rate
+    wave_SD = torch.cat([angle_SD.sin(), angle_SD.cos()], dim=1)
+    row_PD, column_PD = wave_SD.repeat_interleave(side, dim=0), wave_SD.repeat(side, 1)
+    return torch.cat([row_PD, column_PD], dim=1)
 
 
 def _scale_by_depth(stack: Stack) -> None:

@@ -16,8 +16,11 @@ class RelevanceConfig(Config):
 
     space: Literal["itc", "encoder"] = "itc"
     """`itc`: after the contrastive projections; `encoder`: before them (needs towers of one width)."""
-    words: Literal["tokens", "summary", "both"] = "tokens"
-    """What of the caption a patch is compared with: its real tokens, the summary token, or all of these."""
+    words: Literal["tokens", "summary", "both"] = "summary"
+    """What of the caption a patch is compared with: its real tokens, the summary token, or all of these.
+
+    The paper takes the tokens. Only the summary is trained by ITC to meet the patches, and on scenes whose object masks are
+    known only the summary keeps finding the named objects (README, "Attentive masking")."""
     random_until_step: int = 0
     """Before this step scores are random numbers: relevance is still noise."""
 
@@ -35,7 +38,8 @@ def patch_relevance(patch_BPE: Tensor, token_BLE: Tensor, is_word_BL: Tensor) ->
     """
     patch = F.normalize(patch_BPE.detach().float(), dim=-1)
     token = F.normalize(token_BLE.detach().float(), dim=-1)
-    cosine_BPL = patch @ token.transpose(1, 2)
+    with torch.autocast(patch.device.type, enabled=False):  # bf16 scores tie often, and ties go to the upper left
+        cosine_BPL = patch @ token.transpose(1, 2)
     return cosine_BPL.masked_fill(~is_word_BL[:, None, :], -1.0).amax(dim=-1)
 
 

@@ -1,4 +1,9 @@
-"""From patch tokens to one image vector: the class token, the mean, or learned queries."""
+"""From patch tokens to one image vector: the class token, the mean, the maximum, or a learned query.
+
+Relevance compares single patches with the caption, so a pool that lets the background speak for the objects makes it useless:
+with `mean` and `cls` patches far from an object come to carry the whole image. `max`, taken over the projected patches, leaves
+each direction of the shared space to the patch that shows it most (CLIPpy, arXiv 2210.09996, section 3).
+"""
 
 from typing import Literal
 
@@ -7,7 +12,7 @@ from torch import Tensor, nn
 
 from sycoca.models.blocks import CrossAttention
 
-Pool = Literal["cls", "mean", "attention"]
+Pool = Literal["cls", "mean", "max", "attention"]
 
 
 class AttentionPool(nn.Module):

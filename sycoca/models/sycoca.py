@@ -24,7 +24,7 @@ class ModelConfig(Config):
     """The whole network. Parts that no objective needs are described here but not built."""
 
     vision: VisionConfig = VisionConfig()
-    pool: Pool = "cls"
+    pool: Pool = "max"
     embed_width: int = 512
     text: TextConfig = TextConfig()
     text_decoder: TextDecoderConfig = TextDecoderConfig()
@@ -98,6 +98,8 @@ class SyCoCa(nn.Module):
     def project_image(self, patch_BPD: Tensor, class_BD: Tensor) -> Tensor:
         """BE, raw: the pooled image in the shared space."""
         assert self.image_projection is not None, "the contrastive projections were not built"
+        if self.config.pool == "max":
+            return self.image_projection(patch_BPD).amax(dim=1)
         if self.image_pool is not None:
             class_BD = self.image_pool(patch_BPD)
         elif self.config.pool == "mean":

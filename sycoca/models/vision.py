@@ -65,9 +65,15 @@ class VisionEncoder(nn.Module):
         self.num_prefix_tokens: int = self.vit.num_prefix_tokens
         self.keep = KeepPatches(self.num_prefix_tokens)
         self.vit.patch_drop = self.keep
-        self.hide = HidePatches(self.width) if has_mask_token else None
-        if self.hide is not None:
-            self.vit.patch_embed.norm = nn.Sequential(self.vit.patch_embed.norm, self.hide)
+        if has_mask_token:
+            self.vit.patch_embed.norm = nn.Sequential(self.vit.patch_embed.norm, HidePatches(self.width))
+
+    @property
+    def hide(self) -> HidePatches | None:
+        """Where mask tokens enter. Not an attribute: a module with two names is saved twice, which safetensors refuses."""
+        norm = self.vit.patch_embed.norm
+        last = norm[-1] if isinstance(norm, nn.Sequential) else None
+        return last if isinstance(last, HidePatches) else None
 
     def forward(
         self, image_BCHW: Tensor, visible_BK: Tensor | None = None, is_hidden_BP: Tensor | None = None
@@ -77,14 +83,15 @@ class VisionEncoder(nn.Module):
         visible_BK: the only patches that are encoded; nothing of the others can reach the result.
         is_hidden_BP: patches that a mask token stands for; needs `has_mask_token`.
         """
-        assert is_hidden_BP is None or self.hide is not None, "build the encoder with has_mask_token to hide patches"
+        hide = self.hide
+        assert is_hidden_BP is None or hide is not None, "build the encoder with has_mask_token to hide patches"
         self.keep.index_BK = visible_BK
-        if self.hide is not None:
-            self.hide.is_hidden_BP = is_hidden_BP
+        if hide is not None:
+            hide.is_hidden_BP = is_hidden_BP
         x_BND = self.vit(image_BCHW)
         self.keep.index_BK = None
-        if self.hide is not None:
-            self.hide.is_hidden_BP = None
+        if hide is not None:
+            hide.is_hidden_BP = None
         patch_BPD = x_BND[:, self.num_prefix_tokens :]
         return patch_BPD, x_BND[:, 0] if self.num_prefix_tokens else patch_BPD.mean(dim=1)
 

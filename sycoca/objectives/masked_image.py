@@ -1,4 +1,4 @@
-"""Text-guided masked image modelling (TG-MIM): rebuild the patches the caption is most about from the others and the caption."""
+"""Text-guided masked image modelling (TG-MIM): the patches the caption is most about, from the others and the caption."""
 
 from typing import Literal
 

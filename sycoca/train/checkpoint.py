@@ -24,11 +24,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sycoca.distributed import barrier, rank, world_size
+from sycoca.log import logger
 from sycoca.pretrained import load_weights
+from sycoca.train.engine import name_engine
 from sycoca.train.loop import TrainState
 from sycoca.types import CheckpointError
 
 FORMAT = 1
+PLAIN_ENGINES = {"plain", "DDP"}
+"""They keep one whole optimiser state; each ZeRO stage keeps shares of its own kind."""
 
 
 @dataclass
@@ -40,9 +44,9 @@ class Trainee:
     optimizer: torch.optim.Optimizer
 
     @property
-    def engine(self) -> str:
-        """`deepspeed` or `plain`: the two write their optimiser state differently."""
-        return "deepspeed" if self.accelerator.distributed_type == "DEEPSPEED" else "plain"
+    def is_deepspeed(self) -> bool:
+        """Whether DeepSpeed keeps the optimiser's state, in files of its own."""
+        return self.accelerator.state.deepspeed_plugin is not None
 
 
 def save_checkpoint(folder: Path, trainee: Trainee, state: TrainState, *, describe: Any, metrics: dict[str, float]) -> Path:
@@ -61,7 +65,7 @@ def save_checkpoint(folder: Path, trainee: Trainee, state: TrainState, *, descri
         save_file(whole, draft / "model.safetensors")
         describe(draft)
         meta = {"format": FORMAT, "step": state.step, "num_pairs": state.num_pairs, "best": state.best, "metrics": metrics,
-                "world_size": world_size(), "engine": trainee.engine}  # fmt: skip
+                "world_size": world_size(), "engine": name_engine(trainee.accelerator)}  # fmt: skip
         (draft / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     _save_resume_state(draft / "state", trainee, state)
     barrier()
@@ -74,14 +78,14 @@ def save_checkpoint(folder: Path, trainee: Trainee, state: TrainState, *, descri
 
 
 def load_checkpoint(path: Path, trainee: Trainee, state: TrainState) -> None:
-    """Continue as if never interrupted: weights, optimiser, random state, data position, step."""
+    """Continue as if never interrupted: weights, optimiser, random state, data position, step.
+
+    Plain PyTorch and DDP may go on from one another with any number of processes; the data then starts from the beginning.
+    Raises CheckpointError where a ZeRO stage does not find its own state for as many processes.
+    """
     meta = read_meta(path)
-    if meta["engine"] != trainee.engine:
-        raise CheckpointError(
-            f"{path} was written by the {meta['engine']} engine and this run uses {trainee.engine}; "
-            f"resume with the same launch file, or start from its weights with init.checkpoint={path}"
-        )
-    if trainee.engine == "deepspeed":
+    _check_engine(path, meta, trainee)
+    if trainee.is_deepspeed:
         trainee.task.load_checkpoint(str(path / "state" / "deepspeed"))  # pyright: ignore[reportCallIssue]
     else:
         task = trainee.accelerator.unwrap_model(trainee.task)
@@ -93,6 +97,22 @@ def load_checkpoint(path: Path, trainee: Trainee, state: TrainState) -> None:
     if meta["world_size"] == world_size() and mine.is_file():
         state.positions = json.loads(mine.read_text(encoding="utf-8"))
         _set_random_state(torch.load(path / "state" / f"random_{rank()}.pt", weights_only=True))
+    else:
+        logger.warning(
+            "%s was written by %d processes and this run has %d: the data starts from the beginning, with another random state",
+            path, meta["world_size"], world_size(),
+        )  # fmt: skip
+
+
+def _check_engine(path: Path, meta: dict[str, Any], trainee: Trainee) -> None:
+    before = (meta["engine"], meta["world_size"])
+    now = (name_engine(trainee.accelerator), world_size())
+    if before != now and not {before[0], now[0]} <= PLAIN_ENGINES:
+        raise CheckpointError(
+            f"{path} was written by {before[0]} on {before[1]} processes and this run is {now[0]} on {now[1]}, which cannot "
+            "read its optimiser state; launch as it was launched, or start from its weights in another run.folder with "
+            f"init.checkpoint={path}"
+        )
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -134,7 +154,7 @@ def remove_old(folder: Path, num_kept: int) -> None:
 
 
 def _save_resume_state(folder: Path, trainee: Trainee, state: TrainState) -> None:
-    if trainee.engine == "deepspeed":
+    if trainee.is_deepspeed:
         trainee.task.save_checkpoint(str(folder / "deepspeed"))  # pyright: ignore[reportCallIssue]
     elif trainee.accelerator.is_main_process:
         torch.save(trainee.optimizer.state_dict(), folder / "optimizer.pt")

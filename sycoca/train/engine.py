@@ -16,7 +16,7 @@ def build_accelerator(clip_norm: float, *, batch_size: int) -> Accelerator:
 
     Under DeepSpeed the JSON of the launch file holds ZeRO settings only; batch size and clipping are written into it here.
     """
-    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     is_launched = "LOCAL_RANK" in os.environ  # how torchrun and accelerate tell a process that it belongs to a group
     if is_launched and not torch.cuda.is_available():
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
@@ -42,13 +42,19 @@ def prepare(
 
 def describe_engine(accelerator: Accelerator, precision: str, *, batch_size: int) -> str:
     """The first line of a run: what was really launched."""
-    plugin = accelerator.state.deepspeed_plugin
-    engine = f"DeepSpeed ZeRO-{plugin.zero_stage}" if plugin is not None else accelerator.distributed_type.value
     asked_for = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    if asked_for and plugin is None:
+    if asked_for and accelerator.state.deepspeed_plugin is None:
         raise ConfigError("the launch file asks for DeepSpeed but it is not running; unset ACCELERATE_USE_CPU and launch again")
     num = accelerator.num_processes
     return (
-        f"engine {engine}, {num} process{'es' if num > 1 else ''} on {accelerator.device.type}, {precision}, "
+        f"engine {name_engine(accelerator)}, {num} process{'es' if num > 1 else ''} on {accelerator.device.type}, {precision}, "
         f"batch {batch_size} x {num} = {batch_size * num}"
     )
+
+
+def name_engine(accelerator: Accelerator) -> str:
+    """What holds the weights and the optimiser's state: `ZeRO-1`, `ZeRO-2`, `ZeRO-3` of DeepSpeed, `DDP`, or `plain` PyTorch."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        return f"ZeRO-{plugin.zero_stage}"
+    return "DDP" if accelerator.num_processes > 1 else "plain"

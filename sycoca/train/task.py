@@ -18,11 +18,14 @@ from sycoca.types import Batch, ConfigError, Features, Metrics
 
 
 @contextmanager
-def precision(device: torch.device, *, is_bf16: bool) -> Iterator[None]:
-    """bfloat16 matrix products, if asked for. On a CPU the plain attention kernel: the flash backward is half as fast there."""
+def precision(device: torch.device, *, is_bf16: bool, is_recomputed: bool = False) -> Iterator[None]:
+    """bfloat16 matrix products, if asked for. On a CPU the plain attention kernel: the flash backward is half as fast there.
+
+    Not where activations are recomputed: that happens in the backward pass, outside of this, and must choose the same kernel.
+    """
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=is_bf16))
-        if is_bf16 and device.type == "cpu":
+        if is_bf16 and device.type == "cpu" and not is_recomputed:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 
@@ -52,10 +55,8 @@ class PretrainTask(nn.Module):
         self.relevance, self.num_chunks, self.is_bf16 = relevance, num_chunks, is_bf16
         self.needs_relevance = any(objective.needs_relevance for objective in self.members().values())
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        if self.needs_relevance and relevance.space == "itc" and "contrast" not in model.parts:
-            raise ConfigError(
-                "relevance.space: 'itc' needs an objective of type itc; add one, use space: encoder, or select at random"
-            )
+        if self.needs_relevance:
+            check_relevance(model, relevance)
 
     def members(self) -> dict[str, Objective]:
         """The objectives by name."""
@@ -64,10 +65,11 @@ class PretrainTask(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The loss (its mean over ranks is the loss of the whole batch) and each objective's metrics, `name/metric`."""
         # here and not by the engine: the parameters stay float32 under DDP and every ZeRO stage alike
-        with precision(batch["image"].device, is_bf16=self.is_bf16):
-            results = self._forward_whole(batch) if self.num_chunks == 1 else self._forward_in_chunks(batch)
+        is_recomputed = self.num_chunks > 1 or self.model.config.recompute
         if self.training:
-            self.step += 1
+            self.step += 1  # before, not after: chunks are encoded once more in the backward pass and must see the same step
+        with precision(batch["image"].device, is_bf16=self.is_bf16, is_recomputed=is_recomputed):
+            results = self._forward_whole(batch) if self.num_chunks == 1 else self._forward_in_chunks(batch)
         loss = torch.stack([self.weights[name] * result[0] for name, result in results.items()]).sum()
         metrics = {f"{name}/{key}": value for name, result in results.items() for key, value in result[1].items()}
         return loss, {"loss": loss.detach(), **metrics}
@@ -81,7 +83,8 @@ class PretrainTask(nn.Module):
         features = self.model.encode(batch)
         if not self.needs_relevance:
             return features
-        if self.training and int(self.step) < self.relevance.random_until_step:
+        until = self.relevance.random_until_step
+        if self.training and until > 0 and int(self.step) <= until:  # reading the step waits for the device: only where needed
             score_BP = torch.rand(features.patch_BPD.shape[:2], device=features.patch_BPD.device)
         else:
             score_BP = self.model.relevance(features, batch["length"], self.relevance)
@@ -110,6 +113,25 @@ class PretrainTask(nn.Module):
         image_BE = nothing if features.image_BE is None else features.image_BE
         text_BE = nothing if features.text_BE is None else features.text_BE
         return image_BE, text_BE, [member(self.model, chunk, features)[0] for member in separable.values()]
+
+
+def check_relevance(model: SyCoCa, relevance: RelevanceConfig) -> None:
+    """Raises ConfigError where this model cannot score patches against captions as asked."""
+    if model.text is None:
+        raise ConfigError("relevance: nothing reads the caption with these objectives; add one of type itc, or mask at random")
+    if relevance.space == "itc" and "contrast" not in model.parts:
+        raise ConfigError(
+            "relevance.space: 'itc' needs an objective of type itc; add one, use space: encoder, or select at random"
+        )
+    widths = model.vision.width, model.config.text.width
+    if relevance.space == "encoder" and widths[0] != widths[1]:
+        raise ConfigError(
+            f"relevance.space: 'encoder' needs towers of one width, found {widths[0]} and {widths[1]}; use space: itc"
+        )
+    if relevance.words != "tokens" and model.text.summary_D is None:
+        raise ConfigError(
+            f"relevance.words: {relevance.words!r} needs the summary token of itc or text-guided tg_mim; use words: tokens"
+        )
 
 
 def split_batch(batch: Batch, num_chunks: int) -> list[Batch]:

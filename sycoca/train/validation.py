@@ -1,7 +1,9 @@
 """Evaluation inside a run: retrieval on held-out shards."""
 
 from collections.abc import Callable
+from itertools import chain
 
+import torch
 from pydantic import Field
 
 from sycoca.config import Config
@@ -9,6 +11,7 @@ from sycoca.data.pipeline import DataConfig, build_eval_loader
 from sycoca.data.tokenizer import build_tokenizer
 from sycoca.distributed import rank, world_size
 from sycoca.evaluation.retrieval import RetrievalEvaluator
+from sycoca.models.sycoca import SyCoCa
 from sycoca.pretrained import Pretrained
 from sycoca.train.task import precision
 
@@ -38,7 +41,7 @@ def build_evaluation(
         subject.model.eval()
         loader = build_eval_loader(source, tokenizer, rank=rank(), world_size=world_size(), batch_size=config.batch_size)
         with precision(subject.device, is_bf16=is_bf16):
-            figures = RetrievalEvaluator(loader)(subject)
+            figures = RetrievalEvaluator(loader)(whole_on_this_rank(subject))
         subject.model.train(was_training)
         return figures
 
@@ -48,3 +51,27 @@ def build_evaluation(
 def held_out(config: EvaluateConfig, data: DataConfig) -> DataConfig:
     """The training data's settings over the held-out shards, read without worker processes."""
     return data.model_copy(update={"shards": config.shards, "num_workers": 0})
+
+
+def whole_on_this_rank(subject: Pretrained) -> Pretrained:
+    """The subject itself; under ZeRO-3 a copy of it with all weights. Every rank must call it.
+
+    ZeRO-3 gathers each layer's weights from all ranks while it runs. An evaluator's shares are uneven, so a rank with fewer
+    batches would leave the others waiting for ever; and a copy is gathered once, not in every batch.
+    """
+    if all(parameter.numel() > 0 for parameter in subject.model.parameters()):  # what is kept elsewhere is empty here
+        return subject
+    from deepspeed.runtime.zero import GatheredParameters  # slow to import, and other runs do without
+
+    model = subject.model
+    vision = model.config.vision.model_copy(update={"pretrained": False})
+    config = model.config.model_copy(update={"vision": vision})
+    with torch.device("meta"):
+        copy = SyCoCa(config, vocab_size=subject.tokenizer.vocab_size, max_tokens=model.max_tokens, parts=model.parts)
+    copy = copy.to_empty(device=subject.device).eval()
+    pairs = zip(chain(copy.parameters(), copy.buffers()), chain(model.parameters(), model.buffers()), strict=True)
+    with torch.no_grad():
+        for own, shared in pairs:
+            with GatheredParameters([shared]):
+                own.copy_(shared)
+    return Pretrained(copy, subject.tokenizer, subject.config)
