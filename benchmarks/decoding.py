@@ -28,7 +28,12 @@ WIDTH, NUM_HEADS, NUM_TEXT_LAYERS, IMAGE_SIZE, MAX_TOKENS = 384, 6, 6, 224, 76
 
 
 class UncachedStep:
-    """CaptionStep's protocol, forgetting everything but the tokens: each call runs the text layers over all of them."""
+    """The model's plain forward over all tokens at each step, as a decoder without a cache has it (open_clip's `generate`).
+
+    With --last-only it projects the last state alone to the vocabulary, which a careful caller could do.
+    """
+
+    is_last_only = False
 
     def __init__(self, model: SyCoCa, patch_BPD: Tensor):
         assert model.text is not None and model.text_decoder is not None
@@ -39,12 +44,15 @@ class UncachedStep:
         assert source_N is None, "greedy search keeps its rows"
         self.token_NT = torch.cat([self.token_NT, token_NT], dim=1)
         length_N = torch.full((len(self.token_NT),), self.token_NT.shape[1])
-        state_NTD = self.decoder.stack(self.text(self.token_NT, length_N)[0], self.memory)
-        return self.decoder.vocabulary(state_NTD[:, -1])
+        token_NTD = self.text(self.token_NT, length_N)[0]
+        if self.is_last_only:
+            return self.decoder.vocabulary(self.decoder.stack(token_NTD, self.memory)[:, -1])
+        return self.decoder(token_NTD, self.memory)[:, -1]
 
 
 def main() -> None:
     args = _parse()
+    UncachedStep.is_last_only = args.last_only
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     tokenizer = build_tokenizer("clip")
@@ -69,6 +77,7 @@ def _parse() -> Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5, help="measured runs of each side (default 5)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own choice")
+    parser.add_argument("--last-only", action="store_true", help="uncached, but only the last state is projected")
     return parser.parse_args()
 
 

@@ -5,14 +5,15 @@ environment, `a.b=value` overrides), then checked by a pydantic model. What come
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic.fields import FieldInfo
 
 from sycoca.types import ConfigError
 
@@ -32,9 +33,12 @@ def load_config(schema: type[Schema], path: str | Path, overrides: list[str] | N
     """
     try:
         merged = OmegaConf.merge(_read(Path(path), ()), OmegaConf.from_dotlist(_checked(overrides or [])))
-        tree = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+        tree = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError(f"{path}: {where}{_first_line(error.msg or error)}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     return parse_config(schema, tree, source=str(path))
 
 
@@ -61,6 +65,8 @@ def _read(path: Path, parents: tuple[Path, ...]) -> DictConfig:
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{path}: expected a mapping of keys to values at the top of the file")
     bases = config.pop("base", [])
+    if not isinstance(bases, str | list | ListConfig):
+        raise ConfigError(f"{path}: base: expected the path of a file or a list of them, found {bases!r}")
     for base in reversed([bases] if isinstance(bases, str) else list(bases)):
         parent = _read(path.parent / base, (*parents, path.resolve()))
         config = OmegaConf.merge(_without_replaced(parent, config), config)
@@ -87,38 +93,63 @@ def _checked(overrides: list[str]) -> list[str]:
     return overrides
 
 
+def _first_line(message: object) -> str:
+    return str(message).partition("\n")[0]
+
+
 def _explain(schema: type[BaseModel], problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
+    *above, last = problem["loc"] or ("",)
+    names, kinds = _walk(schema, above)
     if problem["type"] == "extra_forbidden":
-        known = _known_names(schema, problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+        known = sorted({name for kind in kinds if _is_model(kind) for name in kind.model_fields})
+        near = difflib.get_close_matches(str(last), known, n=1, cutoff=0.5)
         hint = f", did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
-        return f"{where}: unknown key{hint}"
+        return f"{'.'.join([*names, str(last)])}: unknown key{hint}"
+    where = ".".join(_walk(schema, problem["loc"])[0])
     if problem["type"] == "missing":
         return f"{where}: missing, it has no default"
-    return f"{where}: {problem['msg']}, found {problem['input']!r}"
+    return f"{where}: {_first_line(problem['msg'])}, found {problem['input']!r}"
 
 
-def _known_names(schema: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """Field names of the model that sits at `path` inside `schema`; union tags and list indices are stepped over."""
-    models = {schema}
+def _walk(schema: type[BaseModel], path: Sequence[int | str]) -> tuple[list[str], list[Any]]:
+    """The user's names along a pydantic location, and the types that may stand at its end.
+
+    Where one of several models is chosen by its `type`, pydantic puts that tag into the location; a user does not write it.
+    """
+    names: list[str] = []
+    kinds: list[Any] = [schema]
     for part in path:
-        inner = {m for model in models for m in _models_in(model.model_fields.get(str(part)))}
-        models = inner or {m for m in models if _tag(m) in (None, part)} or models
-    return sorted({name for model in models for name in model.model_fields})
+        chosen = [kind for kind in kinds if _is_model(kind) and _tag(kind) == part]
+        if chosen and len(kinds) > 1:
+            kinds = chosen
+        else:
+            names.append(str(part))
+            kinds = [inner for kind in kinds for inner in _inside(kind, part)]
+    return names, kinds
+
+
+def _inside(kind: Any, part: int | str) -> list[Any]:
+    """The types of a model's field, or of the items of a dict, list or tuple."""
+    if _is_model(kind):
+        field = kind.model_fields.get(str(part))
+        return _alternatives(field.annotation) if field is not None else []
+    return [inner for item in get_args(kind)[-1:] for inner in _alternatives(item)]
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The members of a union, of an `Annotated` one too; any other type is its own only member."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return [inner for member in get_args(annotation) for inner in _alternatives(member)]
+    return [annotation]
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _tag(model: type[BaseModel]) -> str | None:
     field = model.model_fields.get("type")
     return field.default if field is not None else None
-
-
-def _models_in(field: FieldInfo | None) -> set[type[BaseModel]]:
-    found: set[type[BaseModel]] = set()
-    queue: list[Any] = [field.annotation] if field is not None else []
-    while queue:
-        kind = queue.pop()
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found.add(kind)
-        queue.extend(get_args(kind))
-    return found

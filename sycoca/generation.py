@@ -165,31 +165,31 @@ def _ends_repeated_ngram(token_NT: Tensor, size: int, *, num_tokens: int) -> Ten
 def _search_beams(next_logits: NextLogits, prompt_NT: Tensor, config: GenerationConfig, *, eos: int) -> Generated:
     """Beam search with `num_beams` live beams and a pool of as many finished ones.
 
-    An eos finishes a beam if it is among the best `num_beams` continuations; a row ends when `num_beams` have finished, or at
-    `max_tokens`, where its live beams join the pool. So one beam is greedy search, and enough beams search everything.
+    An eos finishes a beam if it is among the best `num_beams` continuations. A row ends when `num_beams` have finished and no
+    live beam scores above the worst of them: ending at their number alone would let short captions shut out a better longer
+    one. At `max_tokens` live beams join the pool. So one beam is greedy search, and enough beams search everything.
     """
     num_rows, num_beams = prompt_NT.shape[0], config.num_beams
     logit_NV = repeat(next_logits(prompt_NT, None), "n v -> (n j) v", j=num_beams)
     live, pool = _empty_beams(prompt_NT, config, eos=eos), _empty_beams(prompt_NT, config, eos=eos)
     live.score_NJ[:, 0] = 0.0  # all beams start alike: one of them speaks for all
-    num_finished_N = prompt_NT.new_zeros(num_rows)
+    is_open_N1 = torch.ones_like(prompt_NT[:, :1], dtype=torch.bool)
     first_N1 = torch.arange(num_rows, device=prompt_NT.device)[:, None]
     for step in range(config.max_tokens):
         grown, beam_NJ = _grow(live, logit_NV, config, step=step, eos=eos)
         ends_NJ = grown.token_NJT[..., step] == eos
-        is_open_N1 = (num_finished_N < num_beams)[:, None]
         is_finished_NJ = ends_NJ & is_open_N1 & grown.score_NJ.isfinite()
         is_finished_NJ[:, num_beams:] = False
-        num_finished_N += is_finished_NJ.sum(1)
         pool = _best(_joined(pool, _ranked(grown, is_finished_NJ, config)), num_beams)[0]
         live, place_NJ = _best(_kept(grown, ~ends_NJ), num_beams)
-        if step + 1 == config.max_tokens or (config.stop_early and bool((num_finished_N >= num_beams).all())):
+        best_live_N1 = live.score_NJ[:, :1] / (step + 1) ** config.length_penalty
+        is_open_N1 &= best_live_N1 > pool.score_NJ[:, -1:]
+        if step + 1 == config.max_tokens or (config.stop_early and not bool(is_open_N1.any())):
             break
         beam_NJ = beam_NJ.gather(1, place_NJ)
         source_NJ = first_N1 * num_beams + beam_NJ if step > 0 else first_N1.expand(num_rows, num_beams)
         logit_NV = next_logits(rearrange(live.token_NJT[..., step], "n j -> (n j) 1"), source_NJ.reshape(-1))
-    is_open_NJ = (num_finished_N < num_beams)[:, None].expand(num_rows, num_beams)
-    return _best(_joined(pool, _ranked(live, is_open_NJ, config)), config.num_return)[0]
+    return _best(_joined(pool, _ranked(live, is_open_N1.expand(num_rows, num_beams), config)), config.num_return)[0]
 
 
 def _empty_beams(prompt_NT: Tensor, config: GenerationConfig, *, eos: int) -> Generated:

@@ -102,9 +102,7 @@ def build_batch(num_pairs: int = NUM_PAIRS, *, num_tokens: int = NUM_TOKENS, see
 def take_rows(batch: Batch, rows: list[int]) -> Batch:
     """The pairs at the given places, in that order."""
     keys = [batch["key"][row] for row in rows]
-    return Batch(
-        image=batch["image"][rows], token=batch["token"][rows], length=batch["length"][rows], key=keys, position={}
-    )
+    return Batch(image=batch["image"][rows], token=batch["token"][rows], length=batch["length"][rows], key=keys, position={})
 
 
 def gradients(task: nn.Module) -> dict[str, Tensor]:

@@ -113,9 +113,10 @@ def narrow_beam_by_hand(table_VVV: Tensor, prompt: list[int], num_beams: int) ->
         ]
         grown = sorted(grown, reverse=True)
         pool += [(score / len(tokens), tokens) for score, tokens in grown[:num_beams] if tokens[-1] == EOS]
+        pool = sorted(pool, reverse=True)[:num_beams]
         live = [(score, tokens) for score, tokens in grown if tokens[-1] != EOS][:num_beams]
-        if len(pool) >= num_beams:
-            return sorted(pool, reverse=True)[:num_beams]
+        if len(pool) == num_beams and live[0][0] / len(live[0][1]) <= pool[-1][0]:
+            return pool
     return sorted(pool + [(score / len(tokens), tokens) for score, tokens in live], reverse=True)[:num_beams]
 
 
@@ -127,6 +128,17 @@ def test_narrow_beam_search_equals_beam_search_over_lists(seed: int):
         expected = narrow_beam_by_hand(table_VVV, prompt, 3)
         assert [tokens_of(generated, row, candidate) for candidate in range(3)] == [tokens for _, tokens in expected]
         assert generated.score_NJ[row].tolist() == pytest.approx([score for score, _ in expected], abs=1e-5)
+
+
+def test_short_captions_that_finish_first_do_not_shut_out_a_better_long_one():
+    """The right caption is 3 1 1 0 eos, almost certain at every step; at each step eos is the second choice."""
+    table_VVV = torch.full((NUM_TOKENS, NUM_TOKENS, NUM_TOKENS), -20.0)
+    table_VVV[..., EOS] = -4.0
+    right = [0, 0, 3, 1, 1, 0, EOS]
+    for place in range(2, 7):
+        table_VVV[right[place - 2], right[place - 1], right[place]] = 4.0
+    generated = run(table_VVV, torch.tensor([right[:2]]), method="beam", num_beams=2, max_tokens=8)
+    assert tokens_of(generated, 0) == right[2:]
 
 
 def test_sampling_draws_from_the_renormalised_nucleus():

@@ -36,8 +36,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, state: Tensor, weight: Tensor, label: Tensor, rows: int) -> Tensor:
         loss = state.new_zeros((), dtype=torch.promote_types(torch.float32, state.dtype))
         grad_state = torch.empty_like(state) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for start in range(0, state.shape[0], rows):
+        grad_weight = None
+        for start in range(0, max(1, state.shape[0]), rows):  # once for no rows too: the weight then has a gradient of 0
             part, target = state[start : start + rows], label[start : start + rows]
             prob = (part @ weight.T).to(loss.dtype)
             chosen = prob.gather(1, target[:, None])
@@ -49,8 +49,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             prob = prob.to(torch.get_autocast_dtype(part.device.type) if _autocasts(part) else part.dtype)
             if grad_state is not None:
                 grad_state[start : start + rows] = prob @ weight.to(prob.dtype)
-            if grad_weight is not None:
-                grad_weight += prob.T @ part.to(prob.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_part = (prob.T @ part.to(prob.dtype)).to(weight.dtype)
+                grad_weight = grad_part if grad_weight is None else grad_weight.add_(grad_part)
         ctx.save_for_backward(grad_state, grad_weight)
         return loss
 

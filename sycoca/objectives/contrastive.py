@@ -38,14 +38,15 @@ class ContrastiveObjective(Objective):
     def __init__(self, config: ContrastiveConfig):
         super().__init__()
         self.config = config
-        self.log_logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.init_temperature)))
+        # one number in a vector: DeepSpeed cannot broadcast a parameter without dimensions
+        self.log_logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.init_temperature)]))
 
     def forward(self, model: SyCoCa, batch: Batch, features: Features) -> tuple[Tensor, Metrics]:
         image_BE, text_BE = features.image_BE, features.text_BE
         assert image_BE is not None and text_BE is not None
         image_GE, text_GE = gather_rows(image_BE), gather_rows(text_BE)
         # clamped here and not after the step: DeepSpeed's float32 master copy would overwrite a clamp of the parameter
-        scale = self.log_logit_scale.float().clamp(max=math.log(MAX_LOGIT_SCALE)).exp()
+        scale = self.log_logit_scale.float().clamp(max=math.log(MAX_LOGIT_SCALE)).exp().squeeze()
         is_same_BG = same_pairs(batch) if self.config.mask_duplicates else None
         with torch.autocast(image_BE.device.type, enabled=False):
             loss, accuracy = info_nce(scale * image_BE @ text_GE.T, scale * text_BE @ image_GE.T, is_same_BG)

@@ -30,6 +30,8 @@ def build_accelerator(clip_norm: float, *, batch_size: int) -> Accelerator:
             "gradient_clipping": clip_norm,
             "steps_per_print": 2**31,
         }
+        # a checkpoint gathers whole weights (float32 here, whatever the option's name says); ZeRO-3 refuses without it
+        plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     return accelerator
 
 
@@ -53,7 +55,7 @@ def describe_engine(accelerator: Accelerator, precision: str, *, batch_size: int
 
 
 def name_engine(accelerator: Accelerator) -> str:
-    """What holds the weights and the optimiser's state: `ZeRO-1`, `ZeRO-2`, `ZeRO-3` of DeepSpeed, `DDP`, or `plain` PyTorch."""
+    """What holds weights and optimiser state: `ZeRO-1`, `ZeRO-2`, `ZeRO-3` (of DeepSpeed), `DDP`, or `plain` (PyTorch)."""
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         return f"ZeRO-{plugin.zero_stage}"

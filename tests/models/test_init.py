@@ -1,8 +1,10 @@
 """Every parameter has a rule: a model of NaNs comes out finite, and with the standard deviations that the rules say."""
 
+import math
+
 import pytest
 import torch
-from builders import ALL_PARTS, MAX_TOKENS, VOCAB_SIZE, build_batch, model_config, vision_options
+from builders import ALL_PARTS, MAX_TOKENS, NUM_PATCHES, VOCAB_SIZE, build_batch, model_config, vision_options
 
 from sycoca.models.init import POSITION_STD, TOKEN_STD, initialise
 from sycoca.models.sycoca import ModelConfig, SyCoCa
@@ -30,12 +32,25 @@ def test_no_nan_is_left_in_any_part(pool: str, options: dict):
     assert model.encode(build_batch()).image_BE.isfinite().all()
 
 
-def test_learned_tokens_and_embeddings_are_not_zero():
+def test_learned_tokens_do_not_start_alike():
     model = build_from_nothing(model_config(pool="attention"))
     vit = model.vision.vit
     tokens = [vit.cls_token, vit.pos_embed, model.vision.hide.mask_token, model.text.summary_D, model.image_pool.query_QD,
               model.image_decoder.position_PD]  # fmt: skip
-    assert all(token.count_nonzero() == token.numel() for token in tokens)
+    assert all(token.detach().std() > TOKEN_STD / 5 for token in tokens)
+
+
+@pytest.mark.parametrize("options", [{}, {"class_token": False}, {"reg_tokens": 3}])
+def test_patch_positions_start_as_waves_of_row_and_column(options: dict):
+    model = build_from_nothing(model_config(vision=vision_options(**options)))
+    for position_PD in (model.vision.vit.pos_embed[0, -NUM_PATCHES:], model.image_decoder.position_PD):
+        quarter = position_PD.shape[1] // 4
+        for place in range(NUM_PATCHES):
+            waves = [
+                wave(number / 10_000 ** (k / quarter))
+                for number in divmod(place, 3) for wave in (math.sin, math.cos) for k in range(quarter)
+            ]  # fmt: skip
+            torch.testing.assert_close(position_PD[place].detach(), torch.tensor(waves))
 
 
 def test_standard_deviations_are_the_rules():

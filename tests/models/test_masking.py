@@ -90,6 +90,7 @@ def test_ties_go_to_the_lower_index(which: Literal["top", "bottom"]):
     scores = [0.5, 0.1, 0.5, 0.1, 0.5, 0.1, 0.3, 0.3]
     chosen = select(torch.tensor([scores]), 0.25, which)[0][0].tolist()
     assert chosen == ([0, 2] if which == "top" else [1, 3])
+    assert select(torch.zeros(1, 10_000), 0.25, which)[0][0].equal(torch.arange(2500)), "sorting must be stable at any size"
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
@@ -114,5 +115,3 @@ def test_gather_takes_each_rows_own_patches():
     for b in range(2):
         for k in range(3):
             assert gathered[b, k].equal(patch_BPD[b, index_BK[b, k]])
-
-

@@ -48,7 +48,9 @@ def test_dropped_patches_cannot_influence_the_encoding_of_the_visible(options: d
 def test_visible_patches_do_influence_the_encoding():
     encoder, image = build_encoder(), build_batch()["image"]
     changed = with_other_pixels(image, VISIBLE_BK[:, :1], 7.0)
-    assert not torch.allclose(encoder(image, visible_BK=VISIBLE_BK)[0][:, 1:], encoder(changed, visible_BK=VISIBLE_BK)[0][:, 1:])
+    assert not torch.allclose(
+        encoder(image, visible_BK=VISIBLE_BK)[0][:, 1:], encoder(changed, visible_BK=VISIBLE_BK)[0][:, 1:]
+    )
 
 
 @KINDS

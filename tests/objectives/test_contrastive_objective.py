@@ -27,7 +27,7 @@ def run(objective: ContrastiveObjective, image_BE: Tensor, text_BE: Tensor, batc
 
 def expected_loss(image: Tensor, text: Tensor, log_scale: Tensor, is_left_out: list[list[bool]]) -> Tensor:
     """Both directions' mean of -log(right / all that count), with autograd in float64 on top of the loops."""
-    scale, num, total = log_scale.exp(), image.shape[0], torch.zeros((), dtype=torch.float64)
+    scale, num, total = log_scale.exp().squeeze(), image.shape[0], torch.zeros((), dtype=torch.float64)
     for i in range(num):
         for query, others in ((image[i], text), (text[i], image)):
             counted = [j for j in range(num) if j == i or not is_left_out[i][j]]

@@ -1,0 +1,93 @@
+"""What one rank of test_ddp.py does. A module of its own, so that a fork server imports the library once for all ranks."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from builders import ABLATION_ROWS, IC, ITC, Objectives, build_batch, build_task, gradients, take_rows
+from torch import Tensor
+
+from sycoca.distributed import any_rank, gather_objects, gather_rows, gather_uneven_rows, mean_over_ranks, rank, world_size
+from sycoca.objectives.contrastive import ContrastiveConfig
+from sycoca.objectives.masked_image import MaskedImageConfig
+from sycoca.train.engine import build_accelerator, describe_engine, prepare
+from sycoca.train.optim import OptimConfig, build_optimizer
+from sycoca.types import Batch
+
+CASES: dict[str, tuple[Objectives, int]] = {
+    "itc": ({"itc": ITC}, 1),
+    "ic": ({"ic": IC}, 1),
+    "tg_mim": ({"itc": ITC, "tg_mim": MaskedImageConfig()}, 1),
+    "sycoca": (ABLATION_ROWS["sycoca"], 1),
+    "sycoca_in_chunks": (ABLATION_ROWS["sycoca"], 2),
+    "mask_tokens": ({"itc": ITC, "tg_mim": MaskedImageConfig(encode="mask_tokens")}, 1),
+    "duplicates": ({"itc": ContrastiveConfig(mask_duplicates=True)}, 1),
+}
+"""Objectives and number of chunks; attentive masks wherever there are masks."""
+NUM_ALL = 8
+
+
+def whole_batch() -> Batch:
+    """Captions 0 and 5 are the same, and images 1 and 6: on different ranks at any world size."""
+    batch = build_batch(NUM_ALL)
+    batch["token"][5], batch["length"][5] = batch["token"][0], batch["length"][0]
+    batch["key"] = ["a", "b#0", "c", "d", "e", "f", "b#1", "g"]
+    return batch
+
+
+def this_ranks_rows() -> Batch:
+    size = NUM_ALL // world_size()
+    return take_rows(whole_batch(), list(range(rank() * size, (rank() + 1) * size)))
+
+
+def run_rank(number: int, world: int, port: int, folder: str, failures: Any) -> None:
+    """Entry point of one process; rank 0 saves what it found, any rank reports its error."""
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+                   "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        found = {"gradients": {name: ddp_gradients(name) for name in CASES}, "talk": talk()}
+        if number == 0:
+            torch.save(found, Path(folder) / f"world_{world}.pt")
+    except Exception as error:
+        failures.put(f"rank {number}: {error!r}")
+        raise
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def ddp_gradients(case: str) -> dict[str, Any]:
+    """Loss and gradients after two steps of the same batch: an unused parameter fails on the second."""
+    configs, num_chunks = CASES[case]
+    accelerator = build_accelerator(1.0, batch_size=NUM_ALL // world_size_of_launch())
+    plain = build_task(configs, num_chunks=num_chunks)
+    task, _ = prepare(accelerator, plain, build_optimizer(plain, OptimConfig(lr=0.1, num_steps=2)))
+    for _ in range(2):
+        task.zero_grad()
+        loss, metrics = task(this_ranks_rows())
+        accelerator.backward(loss)
+    found = gradients(accelerator.unwrap_model(task))
+    ranks = gather_objects(found)
+    difference = max(float((one[name] - found[name]).abs().max()) for one in ranks for name in found)
+    return {"gradients": found, "loss": mean_over_ranks(loss), "difference_between_ranks": difference,
+            "engine": describe_engine(accelerator, "fp32", batch_size=NUM_ALL // world_size()),
+            "metrics": {name: mean_over_ranks(value) for name, value in metrics.items()}}  # fmt: skip
+
+
+def world_size_of_launch() -> int:
+    return int(os.environ["WORLD_SIZE"])
+
+
+def talk() -> dict[str, Any]:
+    """What the functions of sycoca.distributed give on this rank; rows of rank r hold the number r."""
+    device = torch.device("cpu")
+    rows = torch.full((2, 3), float(rank()), requires_grad=True)
+    gathered = gather_rows(rows)
+    # every rank's loss weighs all rows, rank r by r + 1: each row's gradient is the sum of the weights
+    (gathered.sum() * (rank() + 1)).backward()
+    uneven: Tensor = torch.full((rank(), 2), float(rank()))
+    return {"gathered": gathered.detach(), "gradient": rows.grad, "uneven": gather_uneven_rows(uneven),
+            "objects": gather_objects(f"rank {rank()}"),
+            "any": [any_rank(rank() == world_size() - 1, device), any_rank(False, device)]}  # fmt: skip

@@ -1,0 +1,90 @@
+"""Gradients do not depend on the number of processes: world sizes 1, 2 and 4 under DDP against one plain process."""
+
+import multiprocessing
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import assert_same_gradients, build_task, gradients
+from ddp_worker import CASES, run_rank, whole_batch
+
+pytestmark = pytest.mark.slow
+WORLDS = [1, 2, 4]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def found_at(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """What rank 0 found at each world size. One fork server imports the library; every rank is a fork of it."""
+    folder: Path = tmp_path_factory.mktemp("ddp")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ddp_worker"])
+    for world in WORLDS:
+        failures, port = context.SimpleQueue(), free_port()
+        ranks = [context.Process(target=run_rank, args=(n, world, port, str(folder), failures)) for n in range(world)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(timeout=120)
+        for process in ranks:
+            process.kill()
+        assert failures.empty() and all(process.exitcode == 0 for process in ranks), failures.get()
+    return {world: torch.load(folder / f"world_{world}.pt", weights_only=False) for world in WORLDS}
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    """One plain process with the whole batch, in one piece."""
+    results = {}
+    for case, (configs, _) in CASES.items():
+        task = build_task(configs)
+        loss, metrics = task(whole_batch())
+        loss.backward()
+        results[case] = {"loss": loss.detach(), "metrics": metrics, "gradients": gradients(task)}
+    return results
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_at_any_world_size_are_the_one_process_gradients(found_at: dict, expected: dict, world: int, case: str):
+    """To 1e-5, temperature and attentive masks included."""
+    found = found_at[world]["gradients"][case]
+    assert_same_gradients(found["gradients"], expected[case]["gradients"], tolerance=1e-5)
+    assert found["difference_between_ranks"] == 0.0
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", CASES)
+def test_the_mean_over_ranks_is_the_loss_of_the_whole_batch(found_at: dict, expected: dict, world: int, case: str):
+    found = found_at[world]["gradients"][case]
+    torch.testing.assert_close(found["loss"], expected[case]["loss"])
+    torch.testing.assert_close(found["metrics"], expected[case]["metrics"])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_first_log_line_says_what_was_launched(found_at: dict, world: int):
+    line = found_at[world]["gradients"]["itc"]["engine"]
+    assert f"{world} process{'es' if world > 1 else ''} on cpu" in line and f"batch {8 // world} x {world} = 8" in line
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_gathered_rows_stand_in_rank_order_and_send_their_gradients_home(found_at: dict, world: int):
+    talk = found_at[world]["talk"]
+    assert talk["gathered"][:, 0].tolist() == [float(rank) for rank in range(world) for _ in range(2)]
+    assert (talk["gradient"] == sum(range(1, world + 1))).all()
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_ranks_with_different_numbers_of_rows_can_be_gathered(found_at: dict, world: int):
+    talk = found_at[world]["talk"]
+    assert talk["uneven"].shape == (sum(range(world)), 2)
+    assert talk["uneven"][:, 0].tolist() == [float(rank) for rank in range(world) for _ in range(rank)]
+    assert talk["objects"] == [f"rank {rank}" for rank in range(world)]
+    assert talk["any"] == [True, False]

@@ -1,0 +1,137 @@
+"""Every way to launch trains, evaluates, draws, saves, and goes on exactly where it was interrupted."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import sycoca
+from tests.smoke.launching import DDP, PLAIN, ROOT, accelerate, losses, pretrain, run
+
+pytestmark = pytest.mark.slow
+
+ENGINES = {"plain": PLAIN, "DDP": DDP, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
+
+
+@pytest.fixture(scope="module")
+def launchers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The commands; ZeRO-3 with its launch files changed to split small weights too, or nothing here would be split."""
+    folder = tmp_path_factory.mktemp("launch")
+    settings = json.loads((ROOT / "launch/deepspeed/zero3.json").read_text())
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (folder / "zero3.json").write_text(json.dumps(settings))
+    launch_file = (ROOT / "launch/accelerate/zero3.yaml").read_text()
+    (folder / "zero3.yaml").write_text(launch_file.replace("launch/deepspeed/zero3.json", str(folder / "zero3.json")))
+    zero = {f"ZeRO-{stage}": accelerate(f"launch/accelerate/zero{stage}.yaml") for stage in (1, 2)}
+    return {"plain": PLAIN, "DDP": DDP, **zero, "ZeRO-3": accelerate(folder / "zero3.yaml")}
+
+
+@pytest.fixture(scope="module")
+def runs(launchers, data: Path, tmp_path_factory: pytest.TempPathFactory):
+    """An uninterrupted run under an engine: its folder and what it printed. Each is made once."""
+    made = {}
+
+    def make(engine: str):
+        if engine not in made:
+            folder = tmp_path_factory.mktemp(engine)
+            made[engine] = (folder, pretrain(launchers[engine], data, folder))
+        return made[engine]
+
+    return make
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_launch_says_what_it_is_and_leaves_figures_samples_and_a_checkpoint_that_loads(engine: str, runs):
+    folder, done = runs(engine)
+    num = 1 if engine == "plain" else 2
+    ours = [line for line in done.stderr.splitlines() if line[2:3] == ":" and line[5:6] == ":"]
+    assert f"engine {engine}, {num} process{'es' if num > 1 else ''} on cpu, fp32, batch 4 x {num} = {4 * num}" in ours[0]
+
+    [printed] = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    result = json.loads(printed)
+    assert result["step"] == 6
+    assert result["num_images"] == 25
+    assert {path.name for path in (folder / "samples").iterdir()} >= {"step_00000003.png", "step_00000006.json"}
+
+    subject = sycoca.load(folder)
+    assert subject.encode_text(["a red circle"]).isfinite().all()
+    assert subject.encode_image([Image.new("RGB", (40, 30))]).isfinite().all()
+
+
+@pytest.mark.parametrize("engine", ["ZeRO-1", "ZeRO-2", "ZeRO-3"])
+def test_zero_gives_the_losses_and_weights_of_ddp(engine: str, runs):
+    """Also shows that clipping and batch size reach DeepSpeed: the gradient is clipped in every step."""
+    expected, found = losses(runs("DDP")[0]), losses(runs(engine)[0])
+    assert all(values["grad_norm"] > 1 for _, values in expected)
+    for (step, values), (same_step, others) in zip(expected, found, strict=True):
+        assert step == same_step
+        assert others == pytest.approx(values, rel=1e-4)
+    weights, others = (sycoca.load(runs(name)[0] / "checkpoints/last").model.state_dict() for name in ("DDP", engine))
+    assert weights.keys() == others.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_interrupted_run_goes_on_with_bit_identical_losses(engine: str, runs, launchers, data: Path, tmp_path: Path):
+    """Six steps, against six of which those after the checkpoint at step 3 are lost and run again."""
+    whole = dict(losses(runs(engine)[0]))
+    pretrain(launchers[engine], data, tmp_path, "run.checkpoint_every=4", "evaluate.every=4", "run.sample_every=0")
+    _forget_after(tmp_path, step=4)
+    done = pretrain(launchers[engine], data, tmp_path, "run.checkpoint_every=4", "evaluate.every=4")
+    assert "at step 4" in done.stderr
+    written = losses(tmp_path)
+    assert [step for step, _ in written] == [1, 2, 3, 4, 5, 6, 5, 6]
+    assert [values for _, values in written] == [whole[step] for step, _ in written]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_resuming_is_exact_with_random_masks_dropout_and_loader_processes(num_workers: int, data: Path, tmp_path: Path):
+    overrides = [
+        f"data.num_workers={num_workers}", "objectives.tg_mim.mask=random", "model.text.dropout=0.1", "evaluate.every=0",
+        "run.sample_every=0",
+    ]  # fmt: skip
+    pretrain(PLAIN, data, tmp_path / "whole", *overrides)
+    pretrain(PLAIN, data, tmp_path / "resumed", *overrides)
+    _forget_after(tmp_path / "resumed", step=3)
+    pretrain(PLAIN, data, tmp_path / "resumed", *overrides)
+    whole = dict(losses(tmp_path / "whole"))
+    assert [step for step, _ in losses(tmp_path / "resumed")] == [1, 2, 3, 4, 5, 6, 4, 5, 6]
+    assert all(values == whole[step] for step, values in losses(tmp_path / "resumed"))
+
+
+def test_zero_3_keeps_frozen_weights(launchers, data: Path, tmp_path: Path):
+    pretrain(
+        launchers["ZeRO-3"], data, tmp_path, "model.locked=[vision]", "optim.num_steps=1", "run.sample_every=0",
+        "evaluate.every=0",
+    )  # fmt: skip
+    assert sycoca.load(tmp_path).encode_image([Image.new("RGB", (32, 32))]).isfinite().all()
+
+
+@pytest.mark.parametrize("engine", ["DDP", "ZeRO-3"])
+def test_chunks_change_no_loss(engine: str, runs, launchers, data: Path, tmp_path: Path):
+    overrides = ("run.sample_every=0", "optim.num_steps=3", "optim.num_chunks=2")
+    pretrain(launchers[engine], data, tmp_path, *overrides)
+    first, same = losses(runs(engine)[0])[0][1], losses(tmp_path)[0][1]
+    assert same == pytest.approx(first, rel=1e-4)
+
+
+def test_another_engine_or_number_of_processes_is_refused_or_said(runs, launchers, data: Path):
+    folder, _ = runs("ZeRO-2")
+    command = [*PLAIN, "tools/pretrain.py", "configs/pretrain/smoke.yaml", f"run.folder={folder}", "optim.num_steps=7"]
+    done = run(command, data)
+    assert done.returncode == 2
+    assert "written by ZeRO-2 on 2 processes and this run is plain on 1" in done.stderr.splitlines()[-1]
+
+
+def _forget_after(folder: Path, *, step: int) -> None:
+    """Leave the run as if it had been killed before its next checkpoint after `step`."""
+    checkpoints = folder / "checkpoints"
+    for path in checkpoints.glob("step_*"):
+        if path.name > f"step_{step:08d}":
+            path.rename(path.with_name(f"lost_{path.name}"))
+    for link in (checkpoints / "last", checkpoints / "best"):
+        link.unlink(missing_ok=True)
+    (checkpoints / "last").symlink_to(f"step_{step:08d}")
