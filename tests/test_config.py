@@ -12,6 +12,7 @@ from sycoca.types import ConfigError
 
 ROOT = Path(__file__).parents[1]
 PRETRAIN = ROOT / "configs" / "pretrain"
+LR = "optim: {lr: 1.0}\n"
 ABLATIONS = sorted((PRETRAIN / "ablation").glob("*.yaml"))
 
 
@@ -124,12 +125,12 @@ def test_a_variable_that_is_not_set_is_named(write, monkeypatch: pytest.MonkeyPa
         ("optim: {lr: 1.0, beta: 1}\n", (), "optim.beta: unknown key, did you mean 'betas'?"),
         ("optim: {lr: 1.0}\nzzz: 1\n", (), "zzz: unknown key; known here: first, folder, objectives, optim, shards"),
         ("optim: {lr: 1.0}\n", ("optim.lrr=2",), "optim.lrr: unknown key, did you mean 'lr'?"),
-        ("optim: {lr: 1.0}\nobjectives: {a: {type: blue, dept: 1}}\n", (), "objectives.a.dept: unknown key, did you mean 'depth'?"),
-        ("optim: {lr: 1.0}\nobjectives: {red: {type: blue, x: 1}}\n", (), "objectives.red.x: unknown key; known here: depth, type"),
+        (f"{LR}objectives: {{a: {{type: blue, dept: 1}}}}\n", (), "objectives.a.dept: unknown key, did you mean 'depth'?"),
+        (f"{LR}objectives: {{red: {{type: blue, x: 1}}}}\n", (), "objectives.red.x: unknown key; known here: depth, type"),
         ("optim: {lr: 1.0}\nfirst: {shar: 1}\n", (), "first.shar: unknown key, did you mean 'share'?"),
         ("optim: {betas: [1, 2]}\n", (), "optim.lr: missing, it has no default"),
         ("optim: {lr: fast}\n", (), "optim.lr: Input should be a valid number"),
-        ("optim: {lr: 1.0}\nobjectives: {a: {type: red, share: x}}\n", (), "objectives.a.share: Input should be a valid number"),
+        (f"{LR}objectives: {{a: {{type: red, share: x}}}}\n", (), "objectives.a.share: Input should be a valid number"),
         ("optim: {lr: 1.0}\nobjectives: {a: {type: green}}\n", (), "objectives.a: Input tag 'green'"),
         ("optim: {lr: 1.0, betas: [1]}\n", (), "optim.betas.1: missing"),
         ("optim: {lr: 1.0}\nshards: one.tar\n", (), "shards: Input should be a valid list, found 'one.tar'"),

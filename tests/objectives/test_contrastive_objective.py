@@ -108,7 +108,7 @@ def test_the_scale_is_clamped_at_100_and_every_gradient_is_finite(log_scale: flo
     loss.backward()
     assert float(metrics["logit_scale"]) == pytest.approx(100.0)
     at_100 = expected_loss(image_BE.double(), text_BE.double(), torch.tensor(100.0).double().log(), NOTHING_LEFT_OUT)
-    assert float(loss) == pytest.approx(float(at_100), rel=1e-4)
+    assert loss.item() == pytest.approx(at_100.item(), rel=1e-4)
     for tensor in (image_BE, text_BE, objective.log_logit_scale):
         assert tensor.grad is not None and tensor.grad.isfinite().all()
 

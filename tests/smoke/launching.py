@@ -25,7 +25,8 @@ def accelerate(launch_file: str | Path) -> list[str]:
 def run(command: list[str], data: Path, *, is_ddp: bool = False) -> subprocess.CompletedProcess[str]:
     """Run a command in the repository's root, on the CPU; `data` is what the configurations call DATA."""
     env = {name: value for name, value in os.environ.items() if name not in LAUNCHED and not name.startswith("ACCELERATE")}
-    env |= {"DATA": str(data), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    env |= {"DATA": str(data), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     env |= {"ACCELERATE_USE_CPU": "true"} if is_ddp else {}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
 

@@ -15,7 +15,7 @@ def error_of(data: Path, folder: Path, *overrides: str, config: str = SMOKE) -> 
     done = run([*PLAIN, "tools/pretrain.py", config, f"run.folder={folder}", *overrides], data)
     assert done.returncode == 2, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    assert "{" not in done.stdout  # no result; libraries may say something
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.stderr.splitlines()[-1] == line
     return line
