@@ -21,8 +21,7 @@ class CaptionStep:
         """NV logits after the last of the new tokens; `source_N` says which row of the last call each row continues."""
         if source_N is not None:
             for cache in (*self.text_caches, *self.decoder_caches):
-                cache.reorder(source_N)
-            self.memory = self.memory.index_select(0, source_N)
+                cache.reorder(source_N)  # the memory's keys and values too: after the first call it is not read again
         token_NTD = self.text.step(token_NT, self.text_caches, self.num_past)
         self.num_past += token_NT.shape[1]
         state = self.decoder.stack(token_NTD, self.memory, caches=self.decoder_caches)

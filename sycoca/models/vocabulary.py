@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 ROWS_A_CHUNK = 512
 """Rows of logits alive at a time: 512 x 49,408 float32 are 101 MB."""
+ROUND_ROWS_TO = 64
+"""The number of words differs from batch to batch; without rounding every batch makes (and keeps) matrix kernels of its own."""
 
 
 class Vocabulary(nn.Module):
@@ -35,24 +37,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, state: Tensor, weight: Tensor, label: Tensor, rows: int) -> Tensor:
         loss = state.new_zeros((), dtype=torch.promote_types(torch.float32, state.dtype))
+        num_rows = state.shape[0]
+        state, label = _round_up(state), _round_up(label)
         grad_state = torch.empty_like(state) if ctx.needs_input_grad[0] else None
         grad_weight = None
-        for start in range(0, max(1, state.shape[0]), rows):  # once for no rows too: the weight then has a gradient of 0
+        for start in range(0, state.shape[0], rows):
             part, target = state[start : start + rows], label[start : start + rows]
+            num_real = min(max(num_rows - start, 0), rows)
             prob = (part @ weight.T).to(loss.dtype)
             chosen = prob.gather(1, target[:, None])
             top = prob.amax(dim=1, keepdim=True)
             prob.sub_(top).exp_()
             total = prob.sum(dim=1, keepdim=True)
-            loss += (total.log() + top - chosen).sum()
+            loss += (total.log() + top - chosen)[:num_real].sum()
             prob.div_(total).scatter_add_(1, target[:, None], -torch.ones_like(total))
+            prob[num_real:] = 0
             prob = prob.to(torch.get_autocast_dtype(part.device.type) if _autocasts(part) else part.dtype)
             if grad_state is not None:
                 grad_state[start : start + rows] = prob @ weight.to(prob.dtype)
             if ctx.needs_input_grad[1]:
                 grad_part = (prob.T @ part.to(prob.dtype)).to(weight.dtype)
                 grad_weight = grad_part if grad_weight is None else grad_weight.add_(grad_part)
-        ctx.save_for_backward(grad_state, grad_weight)
+        ctx.save_for_backward(None if grad_state is None else grad_state[:num_rows], grad_weight)
         return loss
 
     @staticmethod
@@ -65,6 +71,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _round_up(rows_N: Tensor) -> Tensor:
+    """The rows followed by zeros, up to a whole multiple of ROUND_ROWS_TO and at least one."""
+    num_missing = max(1, -(-rows_N.shape[0] // ROUND_ROWS_TO)) * ROUND_ROWS_TO - rows_N.shape[0]
+    return nn.functional.pad(rows_N, (0, 0) * (rows_N.ndim - 1) + (0, num_missing))
 
 
 def _autocasts(tensor: Tensor) -> bool:

@@ -113,6 +113,8 @@ def check(config: PretrainConfig) -> None:
     """What the parts cannot check alone. Raises ConfigError."""
     if not config.objectives:
         raise ConfigError("objectives: none named; add at least one, for example itc: {type: itc}")
+    if config.evaluate.shards and "contrast" not in needed_parts(config.objectives):
+        raise ConfigError("evaluate.shards: retrieval needs an objective of type itc; add one, or set evaluate.shards=[]")
     if config.data.transform.size != config.model.vision.image_size:
         raise ConfigError(
             f"data.transform.size is {config.data.transform.size} and model.vision.image_size is "

@@ -32,7 +32,7 @@ def found_at(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
         for process in ranks:
             process.start()
         for process in ranks:
-            process.join(timeout=120)
+            process.join(timeout=300)
         for process in ranks:
             process.kill()
         assert failures.empty() and all(process.exitcode == 0 for process in ranks), failures.get()

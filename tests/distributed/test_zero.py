@@ -32,7 +32,7 @@ def found_at(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     ]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"PYTHONPATH": str(HERE.parent), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return {stage: torch.load(folder / f"stage_{stage}.pt", weights_only=False) for stage in (1, 2, 3)}
 

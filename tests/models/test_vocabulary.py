@@ -86,7 +86,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_logits_of_all_tokens_are_never_held_at_once():
-    num_rows, num_words = 100, 64
+    num_rows, num_words = 128, 64
     state_ND = torch.randn(num_rows, WIDTH, requires_grad=True)
     weight_VD = torch.randn(num_words, WIDTH, requires_grad=True)
     label_N = torch.randint(0, num_words, (num_rows,))
