@@ -87,6 +87,7 @@ def index_tar(path: Path) -> dict[str, ImageLocation]:
 
 
 def read_bytes(location: ImageLocation) -> bytes:
+    """The bytes of one image, from its file or from its place in a tar."""
     with location.path.open("rb") as file:
         file.seek(location.offset)
         return file.read(-1 if location.num_bytes is None else location.num_bytes)

@@ -89,7 +89,7 @@ def grid_positions(num_patches: int, width: int) -> Tensor:
     """(P, D): for a square grid, half of the width encodes the row and half the column (MAE, appendix A; Transformer, 3.5)."""
     side = round(num_patches**0.5)
     if side**2 != num_patches or width % 4:
-        raise ConfigError(f"the image needs a square grid of patches and a width that divides by 4, found {num_patches}, {width}")
+        raise ConfigError(f"expected a square grid of patches and a width that divides by 4, found {num_patches}, {width}")
     rate = 10_000.0 ** -(torch.arange(width // 4) / (width // 4))
     angle_SD = torch.arange(side)[:, None] * rate
     wave_SD = torch.cat([angle_SD.sin(), angle_SD.cos()], dim=1)

@@ -64,7 +64,7 @@ class VisionEncoder(nn.Module):
         self.patch_size: int = self.vit.patch_embed.patch_size[0]
         self.num_prefix_tokens: int = self.vit.num_prefix_tokens
         self.keep = KeepPatches(self.num_prefix_tokens)
-        self.vit.patch_drop = self.keep
+        self.vit.patch_drop = self.keep  # pyright: ignore[reportAttributeAccessIssue]
         if has_mask_token:
             self.vit.patch_embed.norm = nn.Sequential(self.vit.patch_embed.norm, HidePatches(self.width))
 

@@ -58,11 +58,10 @@ def save_checkpoint(folder: Path, trainee: Trainee, state: TrainState, *, descri
         shutil.rmtree(draft, ignore_errors=True)
         (draft / "state").mkdir(parents=True)
     barrier()
-    weights = trainee.accelerator.get_state_dict(trainee.task)  # a gather under ZeRO-3: all ranks
+    weights: Any = trainee.accelerator.get_state_dict(trainee.task)  # a gather under ZeRO-3: all ranks
     if is_main:
-        whole = {key: value.detach().float().cpu().contiguous() if value.is_floating_point() else value.cpu().contiguous()
-                 for key, value in weights.items()}  # fmt: skip
-        save_file(whole, draft / "model.safetensors")
+        whole = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+        save_file({k: v.float() if v.is_floating_point() else v for k, v in whole.items()}, draft / "model.safetensors")
         describe(draft)
         meta = {"format": FORMAT, "step": state.step, "num_pairs": state.num_pairs, "best": state.best, "metrics": metrics,
                 "world_size": world_size(), "engine": name_engine(trainee.accelerator)}  # fmt: skip
@@ -88,7 +87,7 @@ def load_checkpoint(path: Path, trainee: Trainee, state: TrainState) -> None:
     if trainee.is_deepspeed:
         trainee.task.load_checkpoint(str(path / "state" / "deepspeed"))  # pyright: ignore[reportCallIssue]
     else:
-        task = trainee.accelerator.unwrap_model(trainee.task)
+        task: Any = trainee.accelerator.unwrap_model(trainee.task)
         load_weights(task, load_file(path / "model.safetensors"), source=str(path))
         optimizer_state = torch.load(path / "state" / "optimizer.pt", weights_only=True, map_location="cpu")
         trainee.optimizer.load_state_dict(optimizer_state)

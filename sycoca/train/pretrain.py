@@ -74,6 +74,8 @@ class Run:
 
     config: PretrainConfig
     tokenizer: Tokenizer
+    task: PretrainTask
+    """Bare; the trainee has it as the engine wraps it."""
     trainee: Trainee
     state: TrainState
     subject: Pretrained
@@ -175,7 +177,7 @@ def set_up(config: PretrainConfig, tokenizer: Tokenizer, task: PretrainTask, acc
         if config.run.wandb_project:
             trackers.append(WandbTracker(config.run.wandb_project, folder, config.model_dump(mode="json")))
     trainee = Trainee(accelerator, prepared, prepared_optimizer)
-    return Run(config, tokenizer, trainee, TrainState(), subject, trackers)
+    return Run(config, tokenizer, task, trainee, TrainState(), subject, trackers)
 
 
 def describe_model(config: PretrainConfig, task: PretrainTask) -> PretrainedConfig:
@@ -212,7 +214,7 @@ def batches(run: Run):
 
 def build_hooks(run: Run) -> list[Hook]:
     """Log, evaluate, sample, save: in this order."""
-    config, accelerator = run.config, run.trainee.accelerator
+    config = run.config
     hooks: list[Hook] = [LogHook(config.run.log_every, config.optim.num_steps, run.trackers)]
     evaluation = None
     if config.evaluate.shards:
@@ -221,8 +223,7 @@ def build_hooks(run: Run) -> list[Hook]:
         evaluation = EvaluateHook(config.evaluate.every, evaluate, CHOOSE_BY, run.state, run.trackers)
         hooks.append(evaluation)
         if config.run.sample_every:
-            task = accelerator.unwrap_model(run.trainee.task)
-            writer = SampleWriter(task, run.subject, config.evaluate, config.data, run.folder / "samples")
+            writer = SampleWriter(run.task, run.subject, config.evaluate, config.data, run.folder / "samples")
             hooks.append(SampleHook(config.run.sample_every, writer))
     hooks.append(
         CheckpointHook(
@@ -235,7 +236,6 @@ def build_hooks(run: Run) -> list[Hook]:
 
 def describe(run: Run, folder: Path) -> None:
     """Write beside the weights what they are."""
-    task = run.trainee.accelerator.unwrap_model(run.trainee.task)
-    save_description(folder, run.tokenizer, describe_model(run.config, task))
+    save_description(folder, run.tokenizer, run.subject.config)
     (folder / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")
 

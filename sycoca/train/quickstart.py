@@ -66,7 +66,7 @@ def measure_pairs(subject: Pretrained, shards: list[str]) -> dict[str, float]:
     objects = [
         [f"{item['colour']} {item['shape']}" for item in meta["objects"]] for batch in batches for meta in batch["meta"]
     ]
-    places = {name: place for place, name in enumerate(CLASS_NAMES)}
+    places: dict[str | int, int] = {name: place for place, name in enumerate(CLASS_NAMES)}
     labelled = batch_images(labelled_images(shards), subject.transform, places=places, batch_size=BATCH_SIZE)
     zero_shot = ZeroShotEvaluator(labelled, class_names=CLASS_NAMES, templates=CLASS_TEMPLATES)(subject)
     return {

@@ -20,12 +20,12 @@ CHOOSE_BY = "mean_recall"
 
 
 class EvaluateConfig(Config):
-    """Held-out shards; `every` steps, 0 is only at the end."""
+    """Held-out shards; retrieval on them `every` steps and at the end, 0 is never."""
 
     shards: list[str] = []
     every: int = 1000
-    batch_size: int = Field(128, ge=1)
-    num_samples: int = Field(8, ge=0)
+    batch_size: int = Field(default=128, ge=1)
+    num_samples: int = Field(default=8, ge=0)
     """Held-out pairs of which samples are written."""
 
 
