@@ -39,6 +39,10 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/pyright
 
+# SHARDS=FOLDER (tars of jpg and txt) measures the data path as well
 bench: export OMP_NUM_THREADS = $(THREADS)
 bench: $(STAMP)
-	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+	$(BIN)/python tools/make_scenes.py data/scenes --processes $(THREADS)
+	$(BIN)/python benchmarks/train_step.py --captions data/scenes/captions.txt
+	$(BIN)/python benchmarks/decoding.py
+	$(if $(SHARDS),$(BIN)/python benchmarks/data_path.py $(SHARDS))

@@ -118,7 +118,7 @@ def test_chunks_change_no_loss(engine: str, runs, launchers, data: Path, tmp_pat
     assert same == pytest.approx(first, rel=1e-4)
 
 
-def test_another_engine_or_number_of_processes_is_refused_or_said(runs, launchers, data: Path):
+def test_the_state_of_another_engine_is_refused(runs, data: Path):
     folder, _ = runs("ZeRO-2")
     command = [*PLAIN, "tools/pretrain.py", "configs/pretrain/smoke.yaml", f"run.folder={folder}", "optim.num_steps=7"]
     done = run(command, data)
