@@ -20,6 +20,8 @@ class Vocabulary(nn.Module):
 
     def forward(self, state_ND: Tensor, label_N: Tensor | None = None) -> Tensor:
         """Without labels the logits (..., V); with labels the summed cross-entropy in nats, a float32 scalar."""
+        if label_N is None and state_ND.ndim == 2:
+            return (self.weight @ state_ND.T).T  # a few rows, one step of decoding: twice as fast this way round on a CPU
         if label_N is None:
             return nn.functional.linear(state_ND, self.weight)
         return linear_cross_entropy(state_ND, self.weight, label_N)
