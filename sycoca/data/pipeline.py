@@ -109,7 +109,7 @@ class _TrainStream(IterableDataset):
             raise CheckpointError(
                 "the checkpoint's place in the data belongs to another order of samples: expected the same seed, rank, number "
                 "of processes and workers, data.shards, data.shuffle_buffer and data.shards_per_group as when it was "
-                "saved; restore them, or start the data from the beginning"
+                "saved; restore them, or start another run.folder from its weights with init.checkpoint"
             )
         self._first_worker = state["next_worker"]
         self._starts = state["workers"]

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -33,9 +33,7 @@ class StepReport:
     metrics: Metrics
     lr: float
     wait_seconds: float
-    step_seconds: float
     is_last: bool
-    extras: dict[str, float] = field(default_factory=dict)
 
 
 class Hook(Protocol):
@@ -71,10 +69,7 @@ def train(
         state.step += 1
         if norm is not None:
             metrics["grad_norm"] = torch.as_tensor(norm).detach()
-        ended = time.perf_counter()
-        report = StepReport(
-            state.step, batch, metrics, lr, ready - started, ended - started, is_last=state.step >= plan.num_steps
-        )
+        report = StepReport(state.step, batch, metrics, lr, ready - started, is_last=state.step >= plan.num_steps)
         for hook in hooks:
             hook(report)
 
