@@ -55,7 +55,8 @@ def test_matrices_decay_and_nothing_else():
     decay = {id(p): group["weight_decay"] for group in group_parameters(task, 0.2) for p in group["params"]}
     matrices = (
         ".qkv.weight", ".out.weight", ".fc.weight", ".fc1.weight", ".fc2.weight", ".proj.weight", ".query.weight",
-        ".key_value.weight", "_projection.weight", ".embed.weight", ".to_pixels.weight", ".vocabulary.weight",
+        ".key_value.weight", "_projection.weight", ".embed.weight", ".embed_caption.weight", ".to_pixels.weight",
+        ".vocabulary.weight",
     )  # fmt: skip
     for name, parameter in task.named_parameters():
         assert decay[id(parameter)] == (0.2 if name.endswith(matrices) else 0.0), name
