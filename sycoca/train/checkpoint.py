@@ -5,7 +5,8 @@
         model.yaml tokenizer/  what `sycoca.load` needs to build the model again
         config.yaml            the whole experiment, resolved
         meta.json              step, pairs seen, metrics, number of processes, engine
-        state/                 optimiser, random state and data position of every rank
+        state/                 optimiser, random state and data position of every rank; with a running average of the weights
+                               (which model.safetensors then holds) also the newest ones
     checkpoints/last -> step_00000100      checkpoints/best -> ...
 
 A checkpoint is written under a temporary name and renamed when it is whole. Every rank must take part.
@@ -26,11 +27,14 @@ from torch import nn
 from sycoca.distributed import barrier, rank, world_size
 from sycoca.log import logger
 from sycoca.pretrained import load_weights
+from sycoca.train.average import WeightAverage
 from sycoca.train.engine import name_engine
 from sycoca.train.loop import TrainState
 from sycoca.types import CheckpointError
 
 FORMAT = 1
+NEWEST = "newest.safetensors"
+"""The weights as the last step left them, where the model's are an average."""
 PLAIN_ENGINES = {"plain", "DDP"}
 """They keep one whole optimiser state; each ZeRO stage keeps shares of its own kind."""
 
@@ -42,6 +46,7 @@ class Trainee:
     accelerator: Accelerator
     task: nn.Module
     optimizer: torch.optim.Optimizer
+    average: WeightAverage | None = None
 
     @property
     def is_deepspeed(self) -> bool:
@@ -61,10 +66,15 @@ def save_checkpoint(folder: Path, trainee: Trainee, state: TrainState, *, descri
     weights: Any = trainee.accelerator.get_state_dict(trainee.task)  # a gather under ZeRO-3: all ranks
     if is_main:
         whole = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-        save_file({k: v.float() if v.is_floating_point() else v for k, v in whole.items()}, draft / "model.safetensors")
+        whole = {k: v.float() if v.is_floating_point() else v for k, v in whole.items()}
+        if trainee.average is not None:
+            save_file(whole, draft / "state" / NEWEST)
+            whole |= {k: v.cpu().contiguous() for k, v in trainee.average.state_dict().items()}
+        save_file(whole, draft / "model.safetensors")
         describe(draft)
         meta = {"format": FORMAT, "step": state.step, "num_pairs": state.num_pairs, "best": state.best, "metrics": metrics,
-                "world_size": world_size(), "engine": name_engine(trainee.accelerator)}  # fmt: skip
+                "world_size": world_size(), "engine": name_engine(trainee.accelerator),
+                "num_averaged": trainee.average.num_updates if trainee.average is not None else 0}  # fmt: skip
         (draft / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     _save_resume_state(draft / "state", trainee, state)
     barrier()
@@ -88,9 +98,14 @@ def load_checkpoint(path: Path, trainee: Trainee, state: TrainState) -> None:
         trainee.task.load_checkpoint(str(path / "state" / "deepspeed"))  # pyright: ignore[reportCallIssue]
     else:
         task: Any = trainee.accelerator.unwrap_model(trainee.task)
-        load_weights(task, load_file(path / "model.safetensors"), source=str(path))
+        newest = path / "state" / NEWEST if meta["num_averaged"] else path / "model.safetensors"
+        load_weights(task, load_file(newest), source=str(path))
         optimizer_state = torch.load(path / "state" / "optimizer.pt", weights_only=True, map_location="cpu")
         trainee.optimizer.load_state_dict(optimizer_state)
+    if trainee.average is not None:
+        if not meta["num_averaged"]:
+            raise CheckpointError(f"{path} holds no running average of the weights; set optim.average_decay=0 as it was then")
+        trainee.average.load_state_dict(load_file(path / "model.safetensors"), num_updates=meta["num_averaged"])
     state.step, state.num_pairs, state.best = meta["step"], meta["num_pairs"], meta["best"]
     mine = path / "state" / f"rank_{rank()}.json"
     if meta["world_size"] == world_size() and mine.is_file():

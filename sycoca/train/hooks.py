@@ -14,6 +14,7 @@ from torch import Tensor
 from sycoca.data.position import DropCounter
 from sycoca.distributed import gather_objects, mean_over_ranks, world_size
 from sycoca.log import Tracker, logger
+from sycoca.train.average import WeightAverage
 from sycoca.train.checkpoint import Trainee, point, remove_old, save_checkpoint
 from sycoca.train.loop import StepReport, TrainState
 
@@ -21,6 +22,16 @@ from sycoca.train.loop import StepReport, TrainState
 def is_due(report: StepReport, every: int) -> bool:
     """Every so many steps and at the end; 0 is never."""
     return every > 0 and (report.step % every == 0 or report.is_last)
+
+
+@dataclass
+class AverageHook:
+    """Takes the weights into their running average after every step."""
+
+    average: WeightAverage
+
+    def __call__(self, report: StepReport) -> None:
+        self.average.update()
 
 
 class LogHook:

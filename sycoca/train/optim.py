@@ -1,6 +1,7 @@
 """The optimiser, its parameter groups, and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ class OptimConfig(Config):
     clip_norm: float = 1.0
     num_chunks: int = 1
     """Work each batch off in so many pieces (gradient caching): less memory, the same gradients."""
+    layer_decay: float = 1.0
+    """Each layer learns at this share of the rate of the layer above it; for fine-tuning (0.65 in BEiT-3 and MAE, Base)."""
+    head_lr_scale: float = 1.0
+    """Factor of the rate of a head that starts from random weights."""
+    average_decay: float = 0.0
+    """Of a running average of the weights, which is then what is evaluated and saved (0.9999 is usual; 0: no average)."""
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0: linear to `lr`, then a cosine to `final_lr_share * lr`."""
@@ -34,9 +41,14 @@ class OptimConfig(Config):
         return self.lr * (self.final_lr_share + (1 - self.final_lr_share) * share)
 
 
-def build_optimizer(task: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over three groups: matrices (decayed); norms, biases, embeddings and tokens; the objectives' own parameters."""
-    groups = [group for group in group_parameters(task, config.weight_decay) if group["params"]]
+def build_optimizer(
+    task: nn.Module, config: OptimConfig, scales: Mapping[nn.Parameter, float] | None = None
+) -> torch.optim.AdamW:
+    """AdamW over three groups: matrices (decayed); norms, biases, embeddings and tokens; the objectives' own parameters.
+
+    Each falls into as many as there are factors of the learning rate in `scales`.
+    """
+    groups = split_by_scale(group_parameters(task, config.weight_decay), scales or {})
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
@@ -61,7 +73,18 @@ def group_parameters(task: nn.Module, weight_decay: float) -> list[dict[str, Any
     ]
 
 
+def split_by_scale(groups: list[dict[str, Any]], scales: Mapping[nn.Parameter, float]) -> list[dict[str, Any]]:
+    """The groups that hold anything, each split by its parameters' factors of the learning rate (`lr_scale`)."""
+    split = []
+    for group in groups:
+        by_scale: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_scale.setdefault(scales.get(parameter, 1.0), []).append(parameter)
+        split += [{**group, "params": parameters, "lr_scale": scale} for scale, parameters in sorted(by_scale.items())]
+    return split
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group this learning rate."""
+    """Give every parameter group this learning rate, times the group's own factor if it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -1,0 +1,1 @@
+"""Fine-tuning a pretrained checkpoint: retrieval, captioning, visual question answering, classification."""

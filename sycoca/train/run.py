@@ -1,0 +1,174 @@
+"""A run, whatever it trains: engine, resume, loop, hooks, checkpoints. Pretraining and every fine-tuning hand it a `Job`."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from sycoca.config import Config, dump_config
+from sycoca.data.position import PositionTracker
+from sycoca.distributed import rank, world_size
+from sycoca.log import JsonlTracker, TensorBoardTracker, Tracker, WandbTracker, logger, set_up_console
+from sycoca.train.average import WeightAverage, check_average
+from sycoca.train.checkpoint import Trainee, find_resume, load_checkpoint
+from sycoca.train.engine import build_accelerator, describe_engine, prepare
+from sycoca.train.hooks import AverageHook, CheckpointHook, EvaluateHook, LogHook, SampleHook
+from sycoca.train.loop import Hook, TrainState, train
+from sycoca.train.optim import OptimConfig, build_optimizer
+
+
+class RunConfig(Config):
+    """Where a run lives, and how often it does what. All counts are steps; 0 is never."""
+
+    folder: str
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
+    resume: str = "auto"
+    """`auto` continues from this folder's last checkpoint, `none` starts anew, otherwise a checkpoint's path."""
+    log_every: int = 20
+    sample_every: int = 0
+    checkpoint_every: int = 1000
+    num_kept: int = 3
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether matrix products run in bfloat16."""
+        return self.precision == "bf16"
+
+
+class TrainConfig(Config):
+    """What every experiment has, whatever it trains."""
+
+    run: RunConfig
+    optim: OptimConfig
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation inside a run: `measure` is called on every rank; the highest `choose_by` makes the best checkpoint."""
+
+    measure: Callable[[], dict[str, float]]
+    every: int
+    choose_by: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, on what, and what is made of it on the way."""
+
+    task: nn.Module
+    """Its `forward(batch)` gives the loss and metrics."""
+    load_batches: Callable[[Any], Iterable[Any]]
+    """This rank's endless batches, from a position that a checkpoint keeps (None: from the start)."""
+    describe: Callable[[Path], None]
+    """Writes beside a checkpoint's weights what it takes to build the model again."""
+    evaluation: Evaluation | None = None
+    write_samples: Callable[[int], None] | None = None
+    layer_scales: dict[nn.Parameter, float] | None = None
+    """Factors of the learning rate, for parameters whose factor is not 1."""
+
+
+def start_engine(config: TrainConfig, *, batch_size: int) -> Accelerator:
+    """The accelerator of this launch, the console, and equal random numbers on every rank, for building the task."""
+    accelerator = build_accelerator(config.optim.clip_norm, batch_size=batch_size)
+    set_up_console(is_main=accelerator.is_main_process)
+    logger.info("%s", describe_engine(accelerator, config.run.precision, batch_size=batch_size))
+    set_seed(config.run.seed)
+    return accelerator
+
+
+def run_job(config: TrainConfig, job: Job, accelerator: Accelerator) -> dict[str, float | str | int]:
+    """Train until the last step, from the last checkpoint if there is one; gives the last evaluation's figures."""
+    optimizer = build_optimizer(job.task, config.optim, job.layer_scales)
+    check_average(config.optim, accelerator)
+    average = WeightAverage(job.task, config.optim.average_decay) if config.optim.average_decay else None
+    prepared, prepared_optimizer = prepare(accelerator, job.task, optimizer)
+    trainee = Trainee(accelerator, prepared, prepared_optimizer, average)
+    trackers = open_trackers(config) if accelerator.is_main_process else []
+    set_seed(config.run.seed + 1 + rank())  # other dropout and random masks on every rank
+    state = TrainState()
+    resume(config, trainee, state)
+    hooks = build_hooks(config, job, trainee, state, trackers)
+    train(
+        trainee.task, follow(job.load_batches(state.positions), state), trainee.optimizer, accelerator=accelerator,
+        plan=config.optim, state=state, hooks=hooks,
+    )  # fmt: skip
+    for tracker in trackers:
+        tracker.close()
+    accelerator.end_training()
+    figures = next((hook.figures for hook in hooks if isinstance(hook, EvaluateHook)), {})
+    return {"checkpoint": str(checkpoints(config) / "last"), "step": state.step, **figures}
+
+
+def checkpoints(config: TrainConfig) -> Path:
+    """The folder of a run's checkpoints."""
+    return Path(config.run.folder) / "checkpoints"
+
+
+def open_trackers(config: TrainConfig) -> list[Tracker]:
+    """The run's folder with its configuration, and where figures are written."""
+    folder = Path(config.run.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    logger.info("configuration, as resolved:\n%s", dump_config(config))
+    trackers: list[Tracker] = [JsonlTracker(folder / "log.jsonl")]
+    if config.run.tensorboard:
+        trackers.append(TensorBoardTracker(folder / "tensorboard"))
+    if config.run.wandb_project:
+        trackers.append(WandbTracker(config.run.wandb_project, folder, config.model_dump(mode="json")))
+    return trackers
+
+
+def resume(config: TrainConfig, trainee: Trainee, state: TrainState) -> None:
+    """Continue from a checkpoint where there is one to continue from."""
+    path = find_resume(checkpoints(config), config.run.resume)
+    if path is None:
+        logger.info("starting at step 0")
+        return
+    load_checkpoint(path, trainee, state)
+    logger.info("resumed from %s at step %d", path, state.step)
+
+
+def follow(loader: Iterable[Any], state: TrainState) -> Iterator[Any]:
+    """The loader's batches, keeping account in `state` of the position and of what was read."""
+    tracker = PositionTracker(state.positions)
+    for batch in loader:
+        tracker.update(batch["position"])
+        state.positions = tracker.state()
+        state.num_pairs += len(batch["key"]) * world_size()
+        yield batch
+
+
+def build_hooks(
+    config: TrainConfig, job: Job, trainee: Trainee, state: TrainState, trackers: list[Tracker]
+) -> list[Hook]:
+    """Average, log, evaluate, sample, save: in this order."""
+    hooks: list[Hook] = [LogHook(config.run.log_every, config.optim.num_steps, trackers)]
+    average, evaluation = trainee.average, None
+    if average is not None:
+        hooks.insert(0, AverageHook(average))
+    if job.evaluation is not None:
+        measure = job.evaluation.measure if average is None else average.use_in(job.evaluation.measure)
+        evaluation = EvaluateHook(job.evaluation.every, measure, job.evaluation.choose_by, state, trackers)
+        hooks.append(evaluation)
+    if job.write_samples is not None:
+        hooks.append(SampleHook(config.run.sample_every, job.write_samples))
+
+    def describe(folder: Path) -> None:
+        job.describe(folder)
+        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+
+    hooks.append(
+        CheckpointHook(
+            config.run.checkpoint_every, config.run.num_kept, checkpoints(config), trainee, state, describe=describe,
+            evaluation=evaluation,
+        )
+    )  # fmt: skip
+    return hooks
