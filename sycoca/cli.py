@@ -1,10 +1,20 @@
-"""What every tool shares: run its main, print one JSON line, and turn a user's mistake into one clear line."""
+"""What every tool shares: run its main, print one JSON line, and turn a user's mistake into one clear line.
 
+Every tool takes `--record FILE` beside its own options: what it prints is then also written there, with the command, the commit
+and the time it took, for the results page (tools/write_results.py).
+"""
+
+import json
 import re
+import shlex
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import PartialState, is_initialized
 
 from sycoca.log import print_result
@@ -18,10 +28,13 @@ _FROM_LOADER = re.compile(r"Caught (\w+) in DataLoader worker process.*\n(?:[\w.
 def run_tool(main: Callable[[], Mapping[str, Any]]) -> None:
     """Print what `main` returns as the last line of standard output, on rank 0.
 
-    A user's mistake, or an OSError that names a file, becomes `error: ...` on standard error and exit status 2;
-    any other exception keeps its traceback.
+    With `--record FILE` among the arguments it is written there too. A user's mistake, or an OSError that names a file,
+    becomes `error: ...` on standard error and exit status 2; any other exception keeps its traceback.
     """
+    started = time.monotonic()
     try:
+        path = _take_record_option()
+        command = shlex.join(sys.argv)
         result = main()
     except (ConfigError, DataError, CheckpointError) as error:
         _exit_with(str(error))
@@ -32,6 +45,28 @@ def run_tool(main: Callable[[], Mapping[str, Any]]) -> None:
     else:
         if not is_initialized() or PartialState().is_main_process:  # the process group may have ended: no rank to ask for
             print_result(result)
+            if path is not None:
+                _record(path, command, time.monotonic() - started, result)
+
+
+def _take_record_option() -> Path | None:
+    """Remove `--record FILE` from the arguments, which the tool's own parser does not know."""
+    if "--record" not in sys.argv:
+        return None
+    place = sys.argv.index("--record")
+    if place + 1 == len(sys.argv):
+        raise ConfigError("--record: expected the JSON file to write")
+    path = Path(sys.argv[place + 1])
+    del sys.argv[place : place + 2]
+    return path
+
+
+def _record(path: Path, command: str, seconds: float, result: Mapping[str, Any]) -> None:
+    ask = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    git = subprocess.run(ask, capture_output=True, text=True, check=False)
+    facts = {"command": command, "commit": git.stdout.strip() or None, "seconds": round(seconds, 1), "torch": torch.__version__}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**facts, "result": dict(result)}, indent=1) + "\n", encoding="utf-8")
 
 
 def _exit_with(message: str) -> None:
