@@ -1,6 +1,11 @@
 """Samples of one size to the tensors of a batch."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from sycoca.data.tokenizer import pad_rows
 from sycoca.data.transforms import Pixels, TransformConfig, normalise
@@ -14,6 +19,18 @@ class Sample(NamedTuple):
     token: list[int]
 
 
+class LabelledSample(NamedTuple):
+    """One decoded image with its text (maybe empty) and what is to be learnt: a class, or a share of each answer."""
+
+    key: str
+    pixel_HWC: Pixels
+    token: list[int]
+    target: int | NDArray[np.float32]
+
+
+AnySample = Sample | LabelledSample
+
+
 class EvalSample(NamedTuple):
     """One decoded image with everything that is known of it."""
 
@@ -23,7 +40,7 @@ class EvalSample(NamedTuple):
     meta: dict[str, Any]
 
 
-def collate_pairs(samples: list[Sample], transform: TransformConfig, *, pad: int, num_columns: int) -> dict[str, Any]:
+def collate_pairs(samples: Sequence[AnySample], transform: TransformConfig, *, pad: int, num_columns: int) -> dict[str, Any]:
     """`Batch` without its position; captions are padded to `num_columns`."""
     token_BL, length_B = pad_rows([sample.token for sample in samples], num_columns, pad)
     return {
@@ -32,6 +49,11 @@ def collate_pairs(samples: list[Sample], transform: TransformConfig, *, pad: int
         "length": length_B,
         "key": [sample.key for sample in samples],
     }
+
+
+def stack_targets(samples: Sequence[LabelledSample]) -> torch.Tensor:
+    """B int64 of classes, or float32 (B, number of answers)."""
+    return torch.from_numpy(np.stack([np.asarray(sample.target) for sample in samples]))
 
 
 def collate_images(samples: list[EvalSample], transform: TransformConfig) -> dict[str, Any]:

@@ -7,56 +7,39 @@ Crops and captions are drawn from (seed, epoch, key). What a worker counts trave
 parent process in another way.
 """
 
-import hashlib
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import count, islice
 from random import Random
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset
 
-from sycoca.config import Config
-from sycoca.data.collate import EvalSample, Sample, collate_images, collate_pairs, num_columns
+from sycoca.data.collate import EvalSample, Sample, collate_images
 from sycoca.data.decode import CaptionConfig, SampleError, choose_caption, decode_image, list_captions, read_meta
 from sycoca.data.order import Part, deal_shards, every_nth, interleave, shuffle
 from sycoca.data.position import DropLog
 from sycoca.data.shards import RawSample, expand_shards, read_samples
-from sycoca.data.tokenizer import Tokenizer, TokenizerConfig
-from sycoca.data.transforms import TransformConfig, eval_pixels, num_pixels_needed, train_pixels
-from sycoca.types import CheckpointError, DataError
+from sycoca.data.stream import MAX_EMPTY_EPOCHS, LoaderConfig, TrainStream, batch_once, build_loader, fingerprint, loader_worker
+from sycoca.data.tokenizer import Tokenizer
+from sycoca.data.transforms import eval_pixels, train_pixels
+from sycoca.types import DataError
 
-_MAX_EMPTY_EPOCHS = 3
-_PREFETCHED = 2  # batches a worker makes ahead
 _NUM_SPECIAL = 2  # a caption of bos and eos says nothing
 
 
-class DataConfig(Config):
+class DataConfig(LoaderConfig):
     """Which shards are read, and how samples become batches."""
 
     shards: list[str]
     """Tar files, folders of them, `{000..123}` ranges or wildcards."""
-    batch_size: int = Field(ge=1)
-    """Pairs a process and step."""
-    max_tokens: int = Field(default=76, ge=3)
-    """Longest caption in tokens, bos and eos counted."""
-    round_to: int = Field(default=8, ge=1)
-    """Batches are padded to a multiple of this many tokens."""
-    num_workers: int = Field(default=2, ge=0)
-    """Loader processes a rank; 0 loads in the training process, in the order of one worker."""
     shuffle_buffer: int = Field(default=2000, ge=1)
     """Raw samples a worker holds to draw from."""
     shards_per_group: int = Field(default=4, ge=1)
     """Shards a worker reads together; resuming re-reads at most this many."""
     captions: CaptionConfig = CaptionConfig()
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    transform: TransformConfig = TransformConfig()
-    max_pixels: int = Field(default=50_000_000, ge=1)
-    max_bytes: int = Field(default=20_000_000, ge=1)
-    max_bad_share: float = Field(default=0.2, ge=0, le=1)
-    """Share of dropped samples, of those a worker has seen, that stops the run."""
     allow_pipe: bool = False
     """Whether `pipe:` shards may run commands."""
 
@@ -78,7 +61,7 @@ def build_train_loader(
     stream = _TrainStream(config, tokenizer, seed=seed, rank=rank, world_size=world_size)
     if resume is not None:
         stream.resume(resume)
-    return _build_loader(stream, config.num_workers)
+    return build_loader(stream, config.num_workers)
 
 
 def build_eval_loader(config: DataConfig, tokenizer: Tokenizer, *, rank: int, world_size: int, batch_size: int) -> DataLoader:
@@ -87,54 +70,26 @@ def build_eval_loader(config: DataConfig, tokenizer: Tokenizer, *, rank: int, wo
     Yields `image` (BCHW float32), `key`, `captions` (all of each sample), `meta` (its json) and `num_dropped` by reason.
     """
     del tokenizer
-    return _build_loader(_EvalStream(config, rank=rank, world_size=world_size, batch_size=batch_size), config.num_workers)
+    return build_loader(_EvalStream(config, rank=rank, world_size=world_size, batch_size=batch_size), config.num_workers)
 
 
-class _TrainStream(IterableDataset):
+class _TrainStream(TrainStream[DataConfig]):
+    order_settings = "data.shards, data.shuffle_buffer and data.shards_per_group"
+
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, seed: int, rank: int, world_size: int):
-        self._config = config
-        self._tokenizer = tokenizer
-        self._seed = seed
-        self._rank = rank
-        self._num_workers = max(1, config.num_workers)
-        self._num_streams = world_size * self._num_workers
+        super().__init__(config, tokenizer, seed=seed, rank=rank, world_size=world_size)
         self._shards = _expand(config)
-        self._order = self._fingerprint()
-        self._first_worker = 0
-        self._starts: dict[str, dict[str, int]] = {}
-        self._draft_size = num_pixels_needed(config.transform)
 
-    def resume(self, state: dict[str, Any]) -> None:
-        if state["order"] not in (None, self._order):
-            raise CheckpointError(
-                "the checkpoint's place in the data belongs to another order of samples: expected the same seed, rank, number "
-                "of processes and workers, data.shards, data.shuffle_buffer and data.shards_per_group as when it was "
-                "saved; restore them, or start another run.folder from its weights with init.checkpoint"
-            )
-        self._first_worker = state["next_worker"]
-        self._starts = state["workers"]
-
-    def _fingerprint(self) -> str:
-        names = [str(name).rsplit("/", 1)[-1] for name in self._shards]  # a data set may move to another folder
+    @cached_property
+    def order(self) -> str:
+        """Of shards by file name: a data set may move to another folder."""
+        names = [str(name).rsplit("/", 1)[-1] for name in self._shards]
         facts = (self._seed, self._rank, self._num_workers, self._num_streams, self._config.shuffle_buffer)
-        return hashlib.sha256(repr((facts, self._config.shards_per_group, names)).encode()).hexdigest()[:16]
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = (_loader_worker() + self._first_worker) % self._num_workers
-        drops = DropLog(self._config.max_bad_share)
-        samples: list[Sample] = []
-        for raw, stands in self._walk(worker, drops):
-            sample = self._decode(raw, stands["epoch"], drops)
-            if sample is None:
-                continue
-            samples.append(sample)
-            if len(samples) == self._config.batch_size:
-                yield {**self._collate(samples), "position": self._position(worker, stands, drops)}
-                samples = []
+        return fingerprint((facts, self._config.shards_per_group, names))
 
     def _walk(self, worker: int, drops: DropLog) -> Iterator[tuple[RawSample, dict[str, int]]]:
         """Raw samples without end, each with the position that follows it."""
-        start = self._starts.get(str(worker), {"epoch": 0, "group": 0, "offset": 0})
+        start = self._start(worker)
         first_group, num_done = start["group"], start["offset"]
         num_empty = 0
         for epoch in count(start["epoch"]):
@@ -148,7 +103,7 @@ class _TrainStream(IterableDataset):
                 num_done = 0
             first_group = 0
             num_empty = num_empty + 1 if drops.num_kept == num_before else 0
-            if num_empty == _MAX_EMPTY_EPOCHS:
+            if num_empty == MAX_EMPTY_EPOCHS:
                 raise DataError(
                     f"no usable sample in {num_empty} epochs for loader worker {worker} of rank {self._rank}; "
                     f"{drops.describe_worst()}. There must be more samples than loader workers on all ranks "
@@ -191,9 +146,7 @@ class _TrainStream(IterableDataset):
             drops.add(error.reason, raw.shard)
             return None
         drops.num_kept += 1
-        if len(token) > config.max_tokens:
-            drops.add("truncated_caption", raw.shard)
-            token = [*token[: config.max_tokens - 1], self._tokenizer.eos]
+        token = self._shorten(token, raw.shard, drops)
         return Sample(raw.key, train_pixels(image, config.transform, generator=generator), token)
 
     def _encode(self, caption: str) -> list[int]:
@@ -201,22 +154,6 @@ class _TrainStream(IterableDataset):
         if len(token) == _NUM_SPECIAL:
             raise SampleError("empty_caption")
         return token
-
-    def _collate(self, samples: list[Sample]) -> dict[str, Any]:
-        config = self._config
-        longest = max(len(sample.token) for sample in samples)
-        columns = num_columns(longest, round_to=config.round_to, max_tokens=config.max_tokens)
-        return collate_pairs(samples, config.transform, pad=self._tokenizer.pad, num_columns=columns)
-
-    def _position(self, worker: int, stands: dict[str, int], drops: DropLog) -> dict[str, Any]:
-        return {
-            "worker": worker,
-            "num_workers": self._num_workers,
-            "order": self._order,
-            **stands,
-            "num_dropped": drops.take(),
-            "worst": drops.worst(),
-        }
 
 
 class _EvalStream(IterableDataset):
@@ -228,22 +165,18 @@ class _EvalStream(IterableDataset):
         self._shards = _expand(config)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        num_workers = max(1, self._config.num_workers)
-        start = self._rank + self._world_size * _loader_worker()
-        is_mine = every_nth(start, self._world_size * num_workers)  # one count over all shards
         drops = DropLog(self._config.max_bad_share)
-        samples: list[EvalSample] = []
+        return batch_once(self._samples(drops), self._collate, batch_size=self._batch_size, drops=drops)
+
+    def _samples(self, drops: DropLog) -> Iterator[EvalSample]:
+        num_workers = max(1, self._config.num_workers)
+        start = self._rank + self._world_size * loader_worker()
+        is_mine = every_nth(start, self._world_size * num_workers)  # one count over all shards
         for shard in self._shards:
             for raw in read_samples(str(shard), drops, max_bytes=self._config.max_bytes, is_mine=is_mine):
                 sample = self._decode(raw, drops)
-                if sample is None:
-                    continue
-                if len(samples) == self._batch_size:
-                    yield self._collate(samples, drops)
-                    samples = []
-                samples.append(sample)
-        if samples:
-            yield self._collate(samples, drops)
+                if sample is not None:
+                    yield sample
 
     def _decode(self, raw: RawSample, drops: DropLog) -> EvalSample | None:
         config = self._config
@@ -257,8 +190,8 @@ class _EvalStream(IterableDataset):
         drops.num_kept += 1
         return EvalSample(raw.key, eval_pixels(image, config.transform), captions, meta)
 
-    def _collate(self, samples: list[EvalSample], drops: DropLog) -> dict[str, Any]:
-        return {**collate_images(samples, self._config.transform), "num_dropped": drops.take()}
+    def _collate(self, samples: list[EvalSample]) -> dict[str, Any]:
+        return collate_images(samples, self._config.transform)
 
 
 def _expand(config: DataConfig) -> np.ndarray:
@@ -266,24 +199,8 @@ def _expand(config: DataConfig) -> np.ndarray:
     return np.array(expand_shards(config.shards, allow_pipe=config.allow_pipe))
 
 
-def _loader_worker() -> int:
-    info = get_worker_info()
-    return info.id if info is not None else 0
-
-
 def _skip(raws: Iterator[RawSample], num_done: int, drops: DropLog) -> None:
     """Pass over what was used before; what is counted on the way was told before."""
     for _ in islice(raws, num_done):
         pass
     drops.take()
-
-
-def _build_loader(stream: IterableDataset, num_workers: int) -> DataLoader:
-    return DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=num_workers,
-        prefetch_factor=_PREFETCHED if num_workers else None,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own: the loader must not move the run's random state
-    )

@@ -32,7 +32,7 @@ class DropLog:
         if num_seen >= _MIN_JUDGED and self._num_bad > self._max_bad_share * num_seen:
             raise DataError(
                 f"{self._num_bad} of {num_seen} samples could not be used, more than data.max_bad_share = "
-                f"{self._max_bad_share}; {self.describe_worst()}. Repair or remove the shard, or raise the limit"
+                f"{self._max_bad_share}; {self.describe_worst()}. Repair or remove the file, or raise the limit"
             )
 
     def take(self) -> dict[str, int]:
@@ -54,7 +54,7 @@ class DropLog:
         if worst is None:
             return "no sample was dropped"
         reasons = ", ".join(f"{number} {reason}" for reason, number in self._by_shard[worst[0]].most_common())
-        return f"worst shard: {worst[0]} ({reasons})"
+        return f"worst file: {worst[0]} ({reasons})"
 
 
 class DropCounter:
@@ -80,7 +80,7 @@ class DropCounter:
             return "no samples dropped"
         reasons = ", ".join(f"{reason} {number}" for reason, number in self.counts.most_common())
         worst = max(self._worst.values(), key=lambda pair: pair[1], default=None)
-        return f"dropped {self.total()} samples ({reasons})" + (f", worst shard {worst[0]} ({worst[1]})" if worst else "")
+        return f"dropped {self.total()} samples ({reasons})" + (f", worst file {worst[0]} ({worst[1]})" if worst else "")
 
 
 class PositionTracker:

@@ -100,7 +100,7 @@ def build_key(name: str) -> str:
 
 def read_karpathy(json_path: Path, images: Images, *, split: str) -> Iterator[Record]:
     """The images of one split of a Karpathy JSON; `restval` counts as `train`. Raises DataError for an unknown split."""
-    rows = _read_list(json_path, "images", needed={"filename", "split", "sentences"})
+    rows = read_rows(json_path, "images", needed={"filename", "split", "sentences"})
     known = Counter("train" if row["split"] == KARPATHY_RESTVAL else row["split"] for row in rows)
     if split not in known:
         raise DataError(f"{json_path}: no image in split {split!r}; splits there: {dict(known)}")
@@ -118,9 +118,9 @@ def read_karpathy(json_path: Path, images: Images, *, split: str) -> Iterator[Re
 
 def read_coco(json_path: Path, images: Images) -> Iterator[Record]:
     """The images of a COCO captions JSON, each with all its captions in the file's order."""
-    rows = _read_list(json_path, "images", needed={"id", "file_name"})
+    rows = read_rows(json_path, "images", needed={"id", "file_name"})
     captions: dict[Any, list[str]] = {row["id"]: [] for row in rows}
-    for annotation in _read_list(json_path, "annotations", needed={"image_id", "caption"}):
+    for annotation in read_rows(json_path, "annotations", needed={"image_id", "caption"}):
         if annotation["image_id"] not in captions:
             raise DataError(f"{json_path}: a caption's image_id {annotation['image_id']!r} is no image's id")
         captions[annotation["image_id"]].append(_clean(annotation["caption"]))
@@ -157,7 +157,8 @@ def _clean(text: str) -> str:
     return " ".join(text.split())
 
 
-def _read_list(path: Path, name: str, *, needed: set[str]) -> list[dict[str, Any]]:
+def read_rows(path: Path, name: str, *, needed: set[str]) -> list[dict[str, Any]]:
+    """The list `name` of a JSON object, every row an object with the needed keys, maybe with more. Raises DataError."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

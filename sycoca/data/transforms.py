@@ -1,15 +1,17 @@
 """Images to pixels of one size: crop and resize in one call of Pillow, then normalise."""
 
 import math
+import random
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from sycoca.config import Config
@@ -18,6 +20,7 @@ Box = tuple[float, float, float, float]
 Pixels = NDArray[np.uint8]
 
 _REDUCING_GAP = 2.0  # Pillow: "almost indistinguishable" from a plain resize, and faster on large images
+_SHIFT_SHARE = 0.45  # the farthest RandAugment moves an image, of its side (timm.data.transforms_factory)
 _CROP_ATTEMPTS = 10  # torchvision.transforms.RandomResizedCrop
 
 
@@ -36,6 +39,18 @@ class TransformConfig(Config):
     eval: Literal["squash", "center_crop"] = "center_crop"
     flip: float = Field(default=0.0, ge=0, le=1)
     """Probability of a mirror image. Off: captions speak of left and right."""
+    rand_augment: str | None = None
+    """RandAugment of training images in timm's notation, for example `rand-m9-mstd0.5-inc1`. For labels, not for captions."""
+
+    @field_validator("rand_augment")
+    @classmethod
+    def _check_rand_augment(cls, name: str | None) -> str | None:
+        if name is not None:
+            try:
+                _build_rand_augment(name, size=224, fill=(0, 0, 0))
+            except (AssertionError, KeyError, ValueError) as error:
+                raise ValueError("expected timm's notation, for example rand-m9-mstd0.5-inc1") from error
+        return name
 
 
 def build_train_transform(config: TransformConfig) -> Callable[[Image.Image, Random], Tensor]:
@@ -65,6 +80,8 @@ def train_pixels(image: Image.Image, config: TransformConfig, *, generator: Rand
     resized = image.resize((config.size, config.size), _filter(config), box=box, reducing_gap=_REDUCING_GAP)
     if config.flip and generator.random() < config.flip:
         resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if config.rand_augment is not None:
+        resized = _rand_augment(resized, config.rand_augment, mean=config.mean, generator=generator)
     return np.array(resized)
 
 
@@ -98,6 +115,29 @@ def denormalise(image_BCHW: Tensor, config: TransformConfig) -> Tensor:
 
 def _filter(config: TransformConfig) -> Image.Resampling:
     return Image.Resampling[config.interpolation.upper()]
+
+
+def _rand_augment(
+    image: Image.Image, name: str, *, mean: tuple[float, float, float], generator: Random
+) -> Image.Image:
+    """RandAugment drawn from `generator`: timm draws from the process's generators, which are left as they were."""
+    red, green, blue = (min(255, round(255 * value)) for value in mean)
+    augment = _build_rand_augment(name, size=image.width, fill=(red, green, blue))
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    random.seed(generator.getrandbits(64))
+    np.random.seed(generator.getrandbits(32))
+    try:
+        return augment(image)
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+@lru_cache
+def _build_rand_augment(name: str, *, size: int, fill: tuple[int, int, int]) -> Any:
+    from timm.data.auto_augment import rand_augment_transform  # slow to import, and few ask for it
+
+    return rand_augment_transform(name, {"translate_const": int(_SHIFT_SHARE * size), "img_mean": fill})
 
 
 def _random_box(size: tuple[int, int], config: TransformConfig, generator: Random) -> Box:

@@ -1,6 +1,5 @@
 """Labelled images from a folder `<root>/<class>/<file>`, a tar of that layout, or shards whose samples carry their label."""
 
-import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sycoca.data.classes import choose_label
 from sycoca.data.decode import IMAGE_EXTENSIONS, SampleError, decode_image
 from sycoca.data.shards import expand_shards
 from sycoca.types import DataError
@@ -127,23 +127,11 @@ def _list_tar(path: Path) -> Iterator[_Entry]:
             for key, members in samples.items():
                 image = next((members[name] for name in IMAGE_EXTENSIONS if name in members), None)
                 if image is not None:
-                    yield _Entry(f"{path}:{key}", _label_of(tar, path, key, members), partial(_read_member, tar, image))
+                    texts = {name: _read_member(tar, members[name]) for name in ("json", "cls") if name in members}
+                    label = choose_label(texts, key, where=f"{path}:{key}")
+                    yield _Entry(f"{path}:{key}", label, partial(_read_member, tar, image))
     except (tarfile.TarError, EOFError) as error:
         raise DataError(f"{path}: not a whole tar file ({error}); copy or make it again") from error
-
-
-def _label_of(tar: tarfile.TarFile, path: Path, key: str, members: dict[str, tarfile.TarInfo]) -> str | int:
-    try:
-        meta = json.loads(_read_member(tar, members["json"])) if "json" in members else {}
-        cls = _read_member(tar, members["cls"]).decode().strip() if "cls" in members else ""
-    except ValueError as error:
-        raise DataError(f"{path}:{key}: its json or cls cannot be read ({error})") from error
-    folder = PurePosixPath(key).parent.name
-    named = [meta[name] for name in ("class_name", "label") if isinstance(meta, dict) and name in meta]
-    label = [*named, int(cls) if cls.isdecimal() else cls or folder][0]
-    if not isinstance(label, str | int) or label == "":
-        raise DataError(f"{path}:{key}: no label; expected `class_name` or `label` in its json, a .cls, or a class folder")
-    return label
 
 
 def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:

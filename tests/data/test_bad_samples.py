@@ -99,7 +99,7 @@ def test_too_many_bad_samples_stop_the_run_with_the_worst_shard(tmp_path: Path, 
     rows = [row for i in range(60) for row in make_pair(f"bad{i}", image=b"")]
     write_shard(tmp_path / "00001.tar", rows)
     config = make_config(tmp_path, max_bad_share=0.3, num_workers=num_workers)
-    with pytest.raises(DataError, match=r"worst shard: .*00001\.tar \(\d+ empty_image\)"):
+    with pytest.raises(DataError, match=r"worst file: .*00001\.tar \(\d+ empty_image\)"):
         _run(config, clip, 100)
 
 

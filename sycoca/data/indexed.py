@@ -1,0 +1,208 @@
+"""Loaders over records that are read by number: an infinite training stream that resumes at once, and an evaluation pass.
+
+An epoch is a permutation of all records by (seed, epoch). Rank r of n takes places r, r + n, ... of it, and its loader
+workers take turns at those, so a position is (epoch, offset): resuming reads nothing again. Crops and texts are drawn from
+(seed, epoch, key). Bad images are dropped and counted as in data/pipeline.py.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from itertools import count
+from random import Random
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset
+
+from sycoca.data.collate import LabelledSample, stack_targets
+from sycoca.data.decode import SampleError, decode_image
+from sycoca.data.position import DropLog
+from sycoca.data.stream import (
+    MAX_EMPTY_EPOCHS,
+    LoaderConfig,
+    TrainStream,
+    batch_once,
+    build_loader,
+    collate_texts,
+    fingerprint,
+    loader_worker,
+)
+from sycoca.data.tokenizer import Tokenizer
+from sycoca.data.transforms import eval_pixels, train_pixels
+from sycoca.types import DataError
+
+
+class Records(Protocol):
+    """Labelled images, by number. Held by every loader worker: arrays, not lists (they share memory)."""
+
+    def __len__(self) -> int: ...
+
+    def key(self, index: int) -> str:
+        """Unique, and the same wherever the data lies: what is drawn at random is drawn from it."""
+        ...
+
+    def image_name(self, index: int) -> str:
+        """Where a user finds the image, for messages."""
+        ...
+
+    def image(self, index: int) -> bytes:
+        """The image's file."""
+        ...
+
+    def text(self, index: int, generator: Random) -> str:
+        """The text that goes with the image, maybe none."""
+        ...
+
+    def target(self, index: int) -> int | NDArray[np.float32]:
+        """A class's place, or a share in [0, 1] of each answer."""
+        ...
+
+
+class IndexedConfig(LoaderConfig):
+    """How records become batches."""
+
+
+def build_indexed_train_loader(
+    records: Records,
+    config: IndexedConfig,
+    *,
+    tokenizer: Tokenizer,
+    seed: int,
+    rank: int,
+    world_size: int,
+    resume: dict[str, Any] | None = None,
+) -> DataLoader:
+    """An infinite stream of full batches: `sycoca.types.Batch` with `target` (B int64, or float32 B x answers).
+
+    `resume` is what `PositionTracker.state()` gave on this rank: the next batch is then the one that followed.
+    Raises DataError for fewer records than loader workers on all ranks, CheckpointError for a `resume` of another order.
+    """
+    stream = _TrainStream(records, config, tokenizer=tokenizer, seed=seed, rank=rank, world_size=world_size)
+    if resume is not None:
+        stream.resume(resume)
+    return build_loader(stream, config.num_workers)
+
+
+def build_indexed_eval_loader(
+    records: Records, config: IndexedConfig, *, tokenizer: Tokenizer, rank: int, world_size: int, batch_size: int
+) -> DataLoader:
+    """Each record once: rank r of n takes records r, r + n, ... in order. Batches at the end may be short, a rank may get none.
+
+    Yields `image` (BCHW float32), `token`, `length`, `key`, `target` and `num_dropped` by reason: an image that cannot be read
+    gives no row.
+    """
+    stream = _EvalStream(records, config, tokenizer=tokenizer, rank=rank, world_size=world_size, batch_size=batch_size)
+    return build_loader(stream, config.num_workers)
+
+
+class _TrainStream(TrainStream[IndexedConfig]):
+    order_settings = "and the same records"
+
+    def __init__(
+        self, records: Records, config: IndexedConfig, *, tokenizer: Tokenizer, seed: int, rank: int, world_size: int
+    ):
+        super().__init__(config, tokenizer, seed=seed, rank=rank, world_size=world_size)
+        if len(records) < self._num_streams:
+            raise DataError(
+                f"{len(records)} records are too few for {self._num_streams} loader workers on all ranks; "
+                "lower data.num_workers, or add data"
+            )
+        self._records = records
+        self._order = fingerprint((seed, rank, self._num_workers, self._num_streams, len(records), _digest_keys(records)))
+
+    @property
+    def order(self) -> str:
+        return self._order
+
+    def _walk(self, worker: int, drops: DropLog) -> Iterator[tuple[int, dict[str, int]]]:
+        """Numbers of records without end, each with the position that follows it."""
+        start = self._start(worker)
+        num_done = start["offset"]
+        num_empty = 0
+        for epoch in count(start["epoch"]):
+            num_before = drops.num_kept
+            order_N = np.random.default_rng((self._seed, epoch)).permutation(len(self._records))
+            own_N = order_N[self._rank + self._world_size * worker :: self._num_streams]
+            for offset, index in enumerate(own_N[num_done:], num_done + 1):
+                yield int(index), {"epoch": epoch, "group": 0, "offset": offset}
+            num_empty = num_empty + 1 if drops.num_kept == num_before and num_done == 0 else 0
+            num_done = 0
+            if num_empty == MAX_EMPTY_EPOCHS:
+                raise DataError(
+                    f"no usable image in {num_empty} epochs for loader worker {worker} of rank {self._rank}; "
+                    f"{drops.describe_worst()}"
+                )
+
+    def _decode(self, item: int, epoch: int, drops: DropLog) -> LabelledSample | None:
+        records, config = self._records, self._config
+        key = records.key(item)
+        generator = Random(f"{self._seed}/{epoch}/{key}")
+        token = self._tokenizer.encode(records.text(item, generator), config.max_tokens + 1)  # one more shows what will be cut
+        image = _read_image(records, item, config=config, draft_size=self._draft_size, drops=drops)
+        if image is None:
+            return None
+        token = self._shorten(token, records.image_name(item), drops)
+        pixel_HWC = train_pixels(image, config.transform, generator=generator)
+        return LabelledSample(key, pixel_HWC, token, records.target(item))
+
+    def _collate(self, samples: list[LabelledSample]) -> dict[str, Any]:
+        return {**super()._collate(samples), "target": stack_targets(samples)}
+
+
+class _EvalStream(IterableDataset[dict[str, Any]]):
+    def __init__(
+        self, records: Records, config: IndexedConfig, *, tokenizer: Tokenizer, rank: int, world_size: int, batch_size: int
+    ):
+        self._records = records
+        self._config = config
+        self._tokenizer = tokenizer
+        self._rank = rank
+        self._world_size = world_size
+        self._batch_size = batch_size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        drops = DropLog(self._config.max_bad_share)
+        return batch_once(self._samples(drops), self._collate, batch_size=self._batch_size, drops=drops)
+
+    def _samples(self, drops: DropLog) -> Iterator[LabelledSample]:
+        start = self._rank + self._world_size * loader_worker()
+        for index in range(start, len(self._records), self._world_size * max(1, self._config.num_workers)):
+            sample = self._decode(index, drops)
+            if sample is not None:
+                yield sample
+
+    def _decode(self, index: int, drops: DropLog) -> LabelledSample | None:
+        records, config = self._records, self._config
+        key = records.key(index)
+        token = self._tokenizer.encode(records.text(index, Random(key)), config.max_tokens)
+        image = _read_image(records, index, config=config, draft_size=0, drops=drops)
+        if image is None:
+            return None
+        return LabelledSample(key, eval_pixels(image, config.transform), token, records.target(index))
+
+    def _collate(self, samples: list[LabelledSample]) -> dict[str, Any]:
+        return {**collate_texts(samples, self._config, self._tokenizer), "target": stack_targets(samples)}
+
+
+def _read_image(
+    records: Records, index: int, *, config: IndexedConfig, draft_size: int, drops: DropLog
+) -> Image.Image | None:
+    """None where the image was dropped; it is counted under its name."""
+    try:
+        image = decode_image(
+            records.image(index), max_pixels=config.max_pixels, max_bytes=config.max_bytes, draft_size=draft_size
+        )
+    except SampleError as error:
+        drops.add(error.reason, records.image_name(index))
+        return None
+    drops.num_kept += 1
+    return image
+
+
+def _digest_keys(records: Records) -> str:
+    digest = hashlib.sha256()
+    for index in range(len(records)):
+        digest.update(records.key(index).encode() + b"\n")
+    return digest.hexdigest()
