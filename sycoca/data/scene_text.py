@@ -19,7 +19,8 @@ RELATION_WORDS = {
     "below": ("below", "under"),
 }
 QUESTION_RELATIONS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
-NUMBERS = {2: "two", 3: "three"}
+NUMBERS = {1: "one", 2: "two", 3: "three"}
+NUM_CAPTIONS = 5
 
 PAIR_ON = (
     "{one} {where} {other} on {ground}",
@@ -47,7 +48,9 @@ class Question(NamedTuple):
 
 
 def describe(generator: np.random.Generator, objects: Sequence[SceneObject], *, texture: str) -> list[Caption]:
-    """Five captions: a pair with the background, a pair, all objects, the first object, another object."""
+    """Five captions: a pair with the background, a pair, all objects, the first object, another object; or five of one."""
+    if len(objects) == 1:
+        return [_describe_single(generator, objects, index=0, texture=texture) for _ in range(NUM_CAPTIONS)]
     other = int(generator.integers(1, len(objects)))
     return [
         _describe_pair(generator, objects, templates=PAIR_ON, texture=texture),

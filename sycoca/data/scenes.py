@@ -21,7 +21,7 @@ from sycoca.data.scene_text import CLASS_NAMES, CLASS_TEMPLATES, Caption, Questi
 from sycoca.data.shard_writer import Sample, save_text, write_shards
 from sycoca.types import DataError
 
-VERSION = 1
+VERSION = 2
 """Raised when the same (seed, index) begins to give another scene, so that old folders are not taken for new ones."""
 VAL_START = 1_000_000_000
 """Validation scenes have indices from here on; training scenes have those below."""
