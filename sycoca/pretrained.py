@@ -14,6 +14,7 @@ from sycoca.data.tokenizer import Tokenizer, build_tokenizer
 from sycoca.data.transforms import TransformConfig, build_eval_transform
 from sycoca.generation import GenerationConfig, decode
 from sycoca.models.decoding import CaptionStep
+from sycoca.models.likelihood import token_log_probs
 from sycoca.models.masking import RelevanceConfig
 from sycoca.models.sycoca import ModelConfig, Part, SyCoCa
 from sycoca.types import Batch, CheckpointError, Features
@@ -81,6 +82,18 @@ class Pretrained:
         step = CaptionStep(self.model, patch_BPD)
         written = decode(step, prompt_B1, generation, eos=self.tokenizer.eos, generator=generator)
         return [self.tokenizer.decode(row[0].tolist()) for row in written.token_NJT]
+
+    @torch.no_grad()
+    def encode_patches(self, images: Images) -> Tensor:
+        """BPD: the patch tokens that captions are written from."""
+        return self.model.vision(self._pixels(images))[0]
+
+    @torch.no_grad()
+    def caption_log_prob(self, patch_NPD: Tensor, texts: Sequence[str]) -> Tensor:
+        """N float32: the mean log-probability (nats) of each text's tokens, its end counted, given the patches of its row."""
+        self._require("text_decoder", "rate captions")
+        token_NL, length_N = (rows.to(self.device) for rows in self.tokenizer.tokenize(list(texts), self.max_tokens))
+        return token_log_probs(self.model, patch_NPD, token_NL, length_N).sum(1) / (length_N - 1)
 
     @torch.no_grad()
     def relevance(self, images: Images, texts: Sequence[str]) -> Tensor:

@@ -1,0 +1,117 @@
+"""What fine-tuning puts on top of a pretrained model, and starts from random weights."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from sycoca.config import Config, load_config
+from sycoca.data.stream import LoaderConfig
+from sycoca.data.tokenizer import TokenizerConfig
+from sycoca.models.blocks import Block
+from sycoca.models.init import initialise
+from sycoca.models.sycoca import SyCoCa
+from sycoca.pretrained import Images, Pretrained, load_weights
+from sycoca.train.layer_decay import layer_scales
+from sycoca.train.optim import OptimConfig
+from sycoca.train.run import TrainConfig
+from sycoca.types import CheckpointError, ConfigError
+
+Head = TypeVar("Head", bound=nn.Module)
+Settings = TypeVar("Settings", bound=Config)
+HEAD_PREFIX = "head."
+"""Keys of the head in a checkpoint's weights, beside those of the model."""
+
+
+def build_answer_head(width: int, num_answers: int) -> nn.Sequential:
+    """Logits of answers, from the state that has read image and question (BEiT-3's head).
+
+    At first every answer has the probability 1 / N (the prior of Focal Loss, arXiv 1708.02002, section 4.1): from 1 / 2 the loss
+    of 3,129 answers would begin at 2,169, and the first hundreds of clipped steps would only lower it.
+    """
+    last = nn.Linear(2 * width, num_answers)
+    head = nn.Sequential(nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), last)
+    initialise(head)
+    nn.init.constant_(last.bias, -math.log(max(1, num_answers - 1)))
+    return head
+
+
+def build_class_head(width: int, num_classes: int) -> nn.Sequential:
+    """Logits of classes from a pooled image; the norm makes the scale of the pool no matter."""
+    head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
+    initialise(head)
+    return head
+
+
+def fine_tuning_scales(model: SyCoCa, head: nn.Module | None, optim: OptimConfig) -> dict[nn.Parameter, float]:
+    """Factors of the learning rate: layer decay below, `head_lr_scale` in the head."""
+    scales = layer_scales(model, optim.layer_decay)
+    return scales if head is None else scales | dict.fromkeys(head.parameters(), optim.head_lr_scale)
+
+
+@torch.no_grad()
+def whole_head_on_this_rank(head: Head, build: Callable[[], Head]) -> Head:
+    """The head itself; under ZeRO-3 a copy with all weights, as `train.validation.whole_on_this_rank`. Every rank calls it.
+
+    build: makes another head of the same shape.
+    """
+    if all(parameter.numel() > 0 for parameter in head.parameters()):  # what is kept elsewhere is empty here
+        return head
+    from deepspeed.runtime.zero import GatheredParameters  # slow to import, and other runs do without
+
+    copy = build().to(next(head.parameters()).device).eval()
+    for own, shared in zip(copy.parameters(), head.parameters(), strict=True):
+        with GatheredParameters([shared]):
+            own.copy_(shared)
+    return copy
+
+
+def load_head(head: nn.Module, folder: Path) -> None:
+    """A checkpoint's weights of the head; missing, unexpected or misshapen ones are a CheckpointError."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        own = {key: file.get_tensor(key) for key in file.keys() if key.startswith(HEAD_PREFIX)}  # noqa: SIM118  no dict
+    load_weights(head, {key.removeprefix(HEAD_PREFIX): value for key, value in own.items()}, source=str(folder))
+
+
+def read_settings(schema: type[Settings], folder: Path, name: str, *, tool: str) -> Settings:
+    """What a fine-tuned checkpoint says of its head. Raises CheckpointError, with the tool that writes it, for none."""
+    if not (folder / name).is_file():
+        raise CheckpointError(f"{folder} has no {name}: not a checkpoint of {tool}; fine-tune one from it")
+    return load_config(schema, folder / name)
+
+
+def save_settings(settings: Config, path: Path) -> None:
+    """JSON that `read_settings` reads."""
+    path.write_text(json.dumps(settings.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def to_pixels(images: Images, subject: Pretrained) -> Tensor:
+    """BCHW on the model's device, of PIL images or of a tensor that the checkpoint's transform made."""
+    if isinstance(images, Tensor):
+        return images.to(subject.device)
+    return torch.stack([subject.transform(image.convert("RGB")) for image in images]).to(subject.device)
+
+
+def check_options(config: TrainConfig, data: LoaderConfig) -> None:
+    """Raises ConfigError for settings that would be passed over: the checkpoint's tokenizer reads, and batches stay whole."""
+    if data.tokenizer != TokenizerConfig():
+        raise ConfigError(f"data.tokenizer: {data.tokenizer.name!r}; remove it, the checkpoint's own tokenizer is used")
+    if config.optim.num_chunks > 1:
+        raise ConfigError(
+            "optim.num_chunks: only a contrastive loss needs its batch whole; for less memory lower data.batch_size, or set "
+            "start.recompute=true"
+        )
+
+
+def compile_blocks(model: SyCoCa) -> None:
+    """torch.compile of every block of every tower (run.compile)."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile()
+    for block in model.vision.vit.blocks:
+        block.compile()
