@@ -17,6 +17,10 @@ Metrics = dict[str, Tensor]
 """Detached 0-d tensors by name; the mean over ranks is the figure of the whole batch."""
 
 
+NUMBER_MARK = "#"
+"""In a key, what follows it numbers the captions of one image: `photo#0` and `photo#1` are pairs of the same image."""
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the dotted path and what to do."""
 

@@ -14,7 +14,7 @@ from PIL import Image
 from sycoca.data.decode import SampleError, decode_image
 from sycoca.data.readers import ImageLocation, Record, read_bytes
 from sycoca.data.shard_writer import BadRow, Sample, hash_rows, write_shards
-from sycoca.types import DataError
+from sycoca.types import NUMBER_MARK, DataError
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Image formats that are copied as they are, with their extension in a shard."""
@@ -100,7 +100,7 @@ def plan_rows(records: Iterable[Record], *, captions: Literal["all", "each"]) ->
 
 
 def _split_captions(row: Row) -> list[Row]:
-    return [Row(f"{row.key}_{number}", row.image, (text,)) for number, text in enumerate(row.captions)]
+    return [Row(f"{row.key}{NUMBER_MARK}{number}", row.image, (text,)) for number, text in enumerate(row.captions)]
 
 
 def _check_numbers(conversion: Conversion) -> None:

@@ -11,7 +11,6 @@ from sycoca.data.pipeline import DataConfig, build_eval_loader
 from sycoca.distributed import rank, world_size
 from sycoca.evaluation.caption_metrics import score_captions
 from sycoca.evaluation.captioning import caption_batches
-from sycoca.finetune.head import compile_blocks
 from sycoca.finetune.label_smoothing import SmoothedCaptioningConfig
 from sycoca.finetune.pairs import build_batches, read_as_trained
 from sycoca.finetune.references import CiderReward, read_references
@@ -60,8 +59,6 @@ def finetune_captioning(config: FinetuneCaptioningConfig) -> dict[str, float | s
     accelerator = start_engine(config, batch_size=config.data.batch_size)
     start = start_from(config.start, parts=PARTS, transform=config.data.transform)
     data = read_as_trained(config.data, config.start, start)
-    if config.run.compile:
-        compile_blocks(start.model)
     task = build_task(config, start, data)
     return run_job(config, build_job(config, start, data, task), accelerator)
 

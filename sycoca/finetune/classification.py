@@ -24,7 +24,6 @@ from sycoca.finetune.classification_model import (
 from sycoca.finetune.head import (
     build_class_head,
     check_options,
-    compile_blocks,
     fine_tuning_scales,
     load_head,
     read_settings,
@@ -125,8 +124,6 @@ def finetune_classification(config: FinetuneClassificationConfig) -> dict[str, f
     records = load_class_records(config.data.images, split=config.data.split)
     logger.info("data: %d images of %d classes", len(records), len(records.class_names))
     start = start_from(config.start, parts=classification_parts(config.pool), transform=config.data.transform)
-    if config.run.compile:
-        compile_blocks(start.model)
     return run_job(config, build_job(config, start, records), accelerator)
 
 

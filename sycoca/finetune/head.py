@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from sycoca.config import Config, load_config
 from sycoca.data.stream import LoaderConfig
 from sycoca.data.tokenizer import TokenizerConfig
-from sycoca.models.blocks import Block
 from sycoca.models.init import initialise
 from sycoca.models.sycoca import SyCoCa
 from sycoca.pretrained import Images, Pretrained, load_weights
@@ -31,8 +30,8 @@ HEAD_PREFIX = "head."
 def build_answer_head(width: int, num_answers: int) -> nn.Sequential:
     """Logits of answers, from the state that has read image and question (BEiT-3's head).
 
-    At first every answer has the probability 1 / N (the prior of Focal Loss, arXiv 1708.02002, section 4.1): from 1 / 2 the loss
-    of 3,129 answers would begin at 2,169, and the first hundreds of clipped steps would only lower it.
+    At first every answer has the probability 1 / N (the prior of Focal Loss, arXiv 1708.02002, section 4.1): from 1 / 2 the
+    loss of 3,129 answers would begin at 2,169, and the first hundreds of clipped steps would only lower it.
     """
     last = nn.Linear(2 * width, num_answers)
     head = nn.Sequential(nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), last)
@@ -106,12 +105,3 @@ def check_options(config: TrainConfig, data: LoaderConfig) -> None:
             "optim.num_chunks: only a contrastive loss needs its batch whole; for less memory lower data.batch_size, or set "
             "start.recompute=true"
         )
-
-
-def compile_blocks(model: SyCoCa) -> None:
-    """torch.compile of every block of every tower (run.compile)."""
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.compile()
-    for block in model.vision.vit.blocks:
-        block.compile()

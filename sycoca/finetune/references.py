@@ -9,7 +9,7 @@ from sycoca.data.shards import expand_shards, read_samples
 from sycoca.distributed import gather_objects, rank, world_size
 from sycoca.evaluation.cider import CiderScorer
 from sycoca.evaluation.ptb_tokenizer import tokenize_caption
-from sycoca.types import DataError
+from sycoca.types import NUMBER_MARK, DataError
 
 END = "<end>"
 """Stands for the end of a caption as a word; the tokenizer of captions never gives it."""
@@ -36,7 +36,7 @@ class CiderReward:
 
 def image_of(key: str) -> str:
     """The image of a sample: what follows a `#` in its key numbers captions (as in objectives/contrastive.py)."""
-    return key.partition("#")[0]
+    return key.partition(NUMBER_MARK)[0]
 
 
 def read_references(config: DataConfig) -> dict[str, tuple[str, ...]]:

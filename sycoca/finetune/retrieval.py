@@ -7,7 +7,6 @@ from pydantic import Field
 from safetensors import safe_open
 
 from sycoca.data.pipeline import DataConfig
-from sycoca.finetune.head import compile_blocks
 from sycoca.finetune.pairs import build_batches, read_as_trained
 from sycoca.finetune.start import Start, StartConfig, start_from
 from sycoca.log import logger
@@ -55,8 +54,6 @@ def finetune_retrieval(config: FinetuneRetrievalConfig) -> dict[str, float | str
     accelerator = start_engine(config, batch_size=config.data.batch_size)
     start = start_from(config.start, parts=config.parts, transform=config.data.transform)
     data = read_as_trained(config.data, config.start, start)
-    if config.run.compile:
-        compile_blocks(start.model)
     return run_job(config, build_job(config, start, data, build_task(config, start)), accelerator)
 
 

@@ -18,7 +18,6 @@ from sycoca.evaluation.vqa import gather_predictions, read_results, score_vqa
 from sycoca.finetune.head import (
     build_answer_head,
     check_options,
-    compile_blocks,
     fine_tuning_scales,
     load_head,
     read_settings,
@@ -141,8 +140,6 @@ def finetune_vqa(config: FinetuneVqaConfig) -> dict[str, float | str | int]:
     num_answer_tokens = config.answers.max_tokens if config.mode == "generate" else 0
     check_room(start.model, num_question_tokens=config.data.max_tokens, num_answer_tokens=num_answer_tokens)
     data = read_answered(config.data.sources, "data.sources")
-    if config.run.compile:
-        compile_blocks(start.model)
     return run_job(config, build_job(config, start, VqaRecords(data, choose_answers(config.answers, data))), accelerator)
 
 

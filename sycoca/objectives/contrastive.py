@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sycoca.distributed import gather_rows, rank
 from sycoca.models.sycoca import SyCoCa
 from sycoca.objectives.base import Objective, ObjectiveConfig
-from sycoca.types import Batch, Features, Metrics
+from sycoca.types import NUMBER_MARK, Batch, Features, Metrics
 
 MAX_LOGIT_SCALE = 100.0
 """CLIP, section 2.5."""
@@ -69,7 +69,7 @@ def same_pairs(batch: Batch) -> Tensor:
     """BG: True where the other pair has this pair's caption or its image; what follows a `#` in a key numbers captions."""
     lengths = batch["length"].tolist()
     captions = [str(row[:n]) for row, n in zip(batch["token"].tolist(), lengths, strict=True)]
-    images = [key.partition("#")[0] for key in batch["key"]]
+    images = [key.partition(NUMBER_MARK)[0] for key in batch["key"]]
     name_B2 = torch.tensor([[_hash(c), _hash(i)] for c, i in zip(captions, images, strict=True)])
     name_B2 = name_B2.to(batch["token"].device)
     name_G2 = gather_rows(name_B2)

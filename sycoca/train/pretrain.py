@@ -11,7 +11,6 @@ from sycoca.data.pipeline import DataConfig, build_train_loader
 from sycoca.data.tokenizer import Tokenizer, build_tokenizer
 from sycoca.distributed import rank, world_size
 from sycoca.log import logger
-from sycoca.models.blocks import Block
 from sycoca.models.masking import RelevanceConfig
 from sycoca.models.sycoca import ModelConfig, SyCoCa
 from sycoca.objectives.union import AnyObjectiveConfig
@@ -75,12 +74,6 @@ def build_task(config: PretrainConfig, tokenizer: Tokenizer) -> PretrainTask:
     )  # fmt: skip
     if config.init.checkpoint is not None:
         start_from(task, Path(config.init.checkpoint), is_strict=config.init.strict)
-    if config.run.compile:
-        for module in task.modules():
-            if isinstance(module, Block):
-                module.compile()
-        for block in model.vision.vit.blocks:
-            block.compile()
     num_trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     logger.info("model: %.1f M parameters, parts %s", num_trained / 1e6, ", ".join(sorted(parts)))
     return task

@@ -7,12 +7,14 @@ from typing import Any, Literal
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from sycoca.config import Config, dump_config
 from sycoca.data.position import PositionTracker
 from sycoca.distributed import rank, world_size
 from sycoca.log import JsonlTracker, TensorBoardTracker, Tracker, WandbTracker, logger, set_up_console
+from sycoca.models.blocks import Block
 from sycoca.train.average import WeightAverage, check_average
 from sycoca.train.checkpoint import Trainee, find_resume, load_checkpoint
 from sycoca.train.engine import build_accelerator, describe_engine, prepare
@@ -28,6 +30,7 @@ class RunConfig(Config):
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False
+    """torch.compile of every transformer block."""
     resume: str = "auto"
     """`auto` continues from this folder's last checkpoint, `none` starts anew, otherwise a checkpoint's path."""
     log_every: int = 20
@@ -86,6 +89,8 @@ def start_engine(config: TrainConfig, *, batch_size: int) -> Accelerator:
 
 def run_job(config: TrainConfig, job: Job, accelerator: Accelerator) -> dict[str, float | str | int]:
     """Train until the last step, from the last checkpoint if there is one; gives the last evaluation's figures."""
+    if config.run.compile:
+        compile_blocks(job.task)
     optimizer = build_optimizer(job.task, config.optim, job.layer_scales)
     check_average(config.optim, accelerator)
     average = WeightAverage(job.task, config.optim.average_decay) if config.optim.average_decay else None
@@ -105,6 +110,16 @@ def run_job(config: TrainConfig, job: Job, accelerator: Accelerator) -> dict[str
     accelerator.end_training()
     figures = next((hook.figures for hook in hooks if isinstance(hook, EvaluateHook)), {})
     return {"checkpoint": str(checkpoints(config) / "last"), "step": state.step, **figures}
+
+
+def compile_blocks(task: nn.Module) -> None:
+    """torch.compile of every transformer block, each by itself: blocks of a tower are alike and are compiled once."""
+    for module in task.modules():
+        if isinstance(module, Block):
+            module.compile()
+        elif isinstance(module, VisionTransformer):
+            for block in module.blocks:
+                block.compile()
 
 
 def checkpoints(config: TrainConfig) -> Path:

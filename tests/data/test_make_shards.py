@@ -71,11 +71,11 @@ def test_all_captions_of_an_image_make_one_sample(images: Path, tmp_path: Path):
     assert json.loads(members["im4.json"]) == {"captions": ["first of im4", "süß, a second"]}
 
 
-def test_each_caption_makes_a_sample(images: Path, tmp_path: Path):
+def test_each_caption_makes_a_sample_whose_key_says_which_image_it_is_of(images: Path, tmp_path: Path):
     assert run_conversion(build_records(images), tmp_path / "out", captions="each")["num_samples"] == 14
     members = read_members(tmp_path / "out")
-    assert members["im4_1.txt"].decode() == "süß, a second"
-    assert members["im4_0.jpg"] == members["im4_1.jpg"]
+    assert members["im4#1.txt"].decode() == "süß, a second"
+    assert members["im4#0.jpg"] == members["im4#1.jpg"]
     assert not [name for name in members if name.endswith(".json")]
 
 
