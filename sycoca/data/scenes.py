@@ -21,7 +21,7 @@ from sycoca.data.scene_text import CLASS_NAMES, CLASS_TEMPLATES, Caption, Questi
 from sycoca.data.shard_writer import Sample, save_text, write_shards
 from sycoca.types import DataError
 
-VERSION = 2
+VERSION = 3
 """Raised when the same (seed, index) begins to give another scene, so that old folders are not taken for new ones."""
 VAL_START = 1_000_000_000
 """Validation scenes have indices from here on; training scenes have those below."""
@@ -155,8 +155,10 @@ def _as_json(facts: Facts) -> dict[str, Any]:
 def _save_texts(folder: Path, *, seed: int, size: int, num_train: int) -> None:
     from sycoca.data.tokenizer import train_word_tokenizer  # slow to import, and every drawing process imports this file
 
-    captions = [caption.text for index in range(num_train) for caption in invent_scene(seed, index, size=size).captions]
+    facts = [invent_scene(seed, index, size=size) for index in range(num_train)]
+    captions = [caption.text for scene in facts for caption in scene.captions]
+    answered = [f"{question.question} {question.answer}" for scene in facts for question in scene.questions]
     save_text(folder / "classes.json", json.dumps({"class_names": CLASS_NAMES, "templates": CLASS_TEMPLATES}, indent=1))
     save_text(folder / "captions.txt", "\n".join(captions) + "\n")
-    train_word_tokenizer(captions, folder / "tokenizer.tmp")
+    train_word_tokenizer([*captions, *answered], folder / "tokenizer.tmp")
     os.replace(folder / "tokenizer.tmp", folder / "tokenizer")  # last: what is asked for to know that all is there

@@ -149,12 +149,12 @@ def pad_rows(rows: list[list[int]], num_columns: int, pad: int) -> tuple[Tensor,
     return token_BL, torch.tensor([len(ids) for ids in rows], dtype=torch.int64)
 
 
-def train_word_tokenizer(captions: Iterable[str], folder: Path) -> None:
-    """Write a lower-casing tokenizer of the captions' words and punctuation marks, that `build_tokenizer` reads."""
+def train_word_tokenizer(texts: Iterable[str], folder: Path) -> None:
+    """Write a lower-casing tokenizer of the texts' words and punctuation marks, that `build_tokenizer` reads."""
     special = {"pad_token": "[PAD]", "bos_token": "[BOS]", "eos_token": "[EOS]", "unk_token": "[UNK]"}
     words = WordTokenizer(models.WordLevel(unk_token=special["unk_token"]))
     words.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.WordLevelTrainer(special_tokens=list(special.values()), show_progress=False)
-    words.train_from_iterator(captions, trainer)
+    words.train_from_iterator(texts, trainer)
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(str(folder))

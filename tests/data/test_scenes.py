@@ -13,6 +13,7 @@ from PIL import Image
 from sycoca.data.scene_layout import COLOURS, SHAPES
 from sycoca.data.scene_text import CLASS_NAMES, CLASS_TEMPLATES
 from sycoca.data.scenes import VAL_START, Scene, invent_scene, render_scene, write_scenes
+from sycoca.data.tokenizer import build_tokenizer
 from sycoca.types import DataError
 
 SIZE = 48
@@ -178,6 +179,14 @@ def test_the_folder_holds_what_the_tasks_need(folder: Path):
         "templates": list(CLASS_TEMPLATES),
     }
     assert (folder / "tokenizer" / "tokenizer.json").exists()
+
+
+def test_the_tokenizer_knows_the_words_of_questions_and_answers_too(folder: Path):
+    tokenizer = build_tokenizer(folder / "tokenizer")
+    for question in (question for index in range(5) for question in invent_scene(1, index, size=SIZE).questions):
+        asked = f"{question.question} {question.answer}"
+        assert tokenizer.decode(tokenizer.encode(asked, 40)).replace(" ", "") == asked.replace(" ", "")
+    assert tokenizer.decode(tokenizer.encode("how many", 40)) == "how many"
 
 
 def test_a_complete_folder_is_left_as_it_is(folder: Path):
