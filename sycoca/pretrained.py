@@ -71,6 +71,13 @@ class Pretrained:
         generator: torch.Generator | None = None,
     ) -> list[str]:  # fmt: skip
         """One caption an image; `keys` is there for captioners that retrieve and is not read."""
+        return [written[0] for written in self.captions(images, generation=generation, generator=generator)]
+
+    @torch.no_grad()
+    def captions(
+        self, images: Images, *, generation: GenerationConfig | None = None, generator: torch.Generator | None = None
+    ) -> list[list[str]]:
+        """`generation.num_return` captions an image, the best first in beam search."""
         self._require("text_decoder", "write captions")
         patch_BPD, _ = self.model.vision(self._pixels(images))
         generation = generation or GenerationConfig(max_tokens=self.max_tokens - 1)
@@ -81,7 +88,7 @@ class Pretrained:
         prompt_B1 = torch.full((patch_BPD.shape[0], 1), self.tokenizer.bos, device=patch_BPD.device)
         step = CaptionStep(self.model, patch_BPD)
         written = decode(step, prompt_B1, generation, eos=self.tokenizer.eos, generator=generator)
-        return [self.tokenizer.decode(row[0].tolist()) for row in written.token_NJT]
+        return [[self.tokenizer.decode(row) for row in of_image] for of_image in written.token_NJT.tolist()]
 
     @torch.no_grad()
     def encode_patches(self, images: Images) -> Tensor:

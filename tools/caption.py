@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Caption images with a checkpoint.
+"""Caption images with a checkpoint; with --num-return several captions each.
 
-tools/caption.py runs/scenes photo.jpg other.png --method beam --num-beams 4
+tools/caption.py runs/scenes photo.jpg other.png --method beam --num-beams 4 --num-return 2
 """
 
 import argparse
@@ -29,11 +29,12 @@ def main() -> Mapping[str, Any]:
     config = parse_config(GenerationConfig, options, source="options")
     subject = sycoca.load(checkpoint, device=accelerator.device)
     generator = torch.Generator(accelerator.device).manual_seed(seed)
-    captions: list[str] = []
+    captions: list[list[str]] = []
     for start in range(0, len(paths), batch_size):
         images = [read_image(path) for path in paths[start : start + batch_size]]
-        captions += subject.caption(images, generation=config, generator=generator)
-    return {"captions": dict(zip(map(str, paths), captions, strict=True))}
+        captions += subject.captions(images, generation=config, generator=generator)
+    written = captions if config.num_return > 1 else [of_image[0] for of_image in captions]
+    return {"captions": dict(zip(map(str, paths), written, strict=True))}
 
 
 def _parse() -> argparse.Namespace:
@@ -41,7 +42,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("checkpoint", help="a checkpoint folder or a run folder")
     parser.add_argument("images", nargs="+", type=Path)
     parser.add_argument("--method", choices=("greedy", "beam", "top_p"), default="greedy")
-    for name in ("max_tokens", "min_tokens", "num_beams", "no_repeat_ngram"):
+    for name in ("max_tokens", "min_tokens", "num_beams", "no_repeat_ngram", "num_return"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=GenerationConfig.model_fields[name].default)
     for name in ("length_penalty", "top_p", "temperature", "repetition_penalty"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=GenerationConfig.model_fields[name].default)

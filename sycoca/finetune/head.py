@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sycoca.config import Config, load_config
 from sycoca.data.stream import LoaderConfig
 from sycoca.data.tokenizer import TokenizerConfig
+from sycoca.log import logger
 from sycoca.models.init import initialise
 from sycoca.models.sycoca import SyCoCa
 from sycoca.pretrained import Images, Pretrained, load_weights
@@ -49,6 +50,8 @@ def build_class_head(width: int, num_classes: int) -> nn.Sequential:
 
 def fine_tuning_scales(model: SyCoCa, head: nn.Module | None, optim: OptimConfig) -> dict[nn.Parameter, float]:
     """Factors of the learning rate: layer decay below, `head_lr_scale` in the head."""
+    if head is not None:
+        logger.info("start: new, from random weights: the head, %d numbers", sum(p.numel() for p in head.parameters()))
     scales = layer_scales(model, optim.layer_decay)
     return scales if head is None else scales | dict.fromkeys(head.parameters(), optim.head_lr_scale)
 
