@@ -11,7 +11,6 @@ from sycoca.data.pipeline import DataConfig, build_eval_loader
 from sycoca.distributed import rank, world_size
 from sycoca.evaluation.caption_metrics import score_captions
 from sycoca.evaluation.captioning import caption_batches
-from sycoca.finetune.label_smoothing import SmoothedCaptioningConfig
 from sycoca.finetune.pairs import build_batches, read_as_trained
 from sycoca.finetune.references import CiderReward, read_references
 from sycoca.finetune.self_critical import SelfCriticalConfig, SelfCriticalTask
@@ -81,9 +80,7 @@ def build_task(config: FinetuneCaptioningConfig, start: Start, data: DataConfig)
         return SelfCriticalTask(
             start.model, start.tokenizer, config.self_critical, CiderReward(references), is_bf16=config.run.is_bf16
         )
-    objective = CaptioningConfig()
-    if config.label_smoothing > 0:
-        objective = SmoothedCaptioningConfig(label_smoothing=config.label_smoothing)
+    objective = CaptioningConfig(label_smoothing=config.label_smoothing)
     return PretrainTask(
         start.model, {"ic": objective}, start.config.relevance, num_chunks=config.optim.num_chunks,
         is_bf16=config.run.is_bf16,

@@ -35,11 +35,11 @@ class TextDecoder(nn.Module):
 
     def forward(
         self, token_BLD: Tensor, memory_BMF: Tensor, label_BL: Tensor | None = None,
-        caches: list[AttentionCache] | None = None,
+        caches: list[AttentionCache] | None = None, label_smoothing: float = 0.0,
     ) -> Tensor:  # fmt: skip
         """Without labels BLV logits; with labels the cross-entropy summed over all labels that are not negative."""
         state_BLD = self.stack(token_BLD, memory_BMF, caches=caches)
         if label_BL is None:
             return self.vocabulary(state_BLD)
         is_target_BL = label_BL >= 0
-        return self.vocabulary(state_BLD[is_target_BL], label_BL[is_target_BL])
+        return self.vocabulary(state_BLD[is_target_BL], label_BL[is_target_BL], label_smoothing)

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from sycoca.distributed import sum_over_ranks, world_size
@@ -20,6 +21,8 @@ class CaptioningConfig(ObjectiveConfig):
     type: Literal["ic"] = "ic"
     drop_share: float = 0.0
     drop: Which = "bottom"
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each target that is spread over the vocabulary."""
 
     def build(self) -> "CaptioningObjective":
         return CaptioningObjective(self)
@@ -41,7 +44,9 @@ class CaptioningObjective(Objective):
         if self.config.drop_share > 0:
             memory_BMD = gather_patches(memory_BMD, self._kept(features))
         label_BL = next_token_labels(batch["token"], batch["length"])
-        total = model.text_decoder(features.token_BLD, memory_BMD, label_BL)
+        total = model.text_decoder(
+            features.token_BLD, memory_BMD, label_BL, label_smoothing=self.config.label_smoothing
+        )
         num_tokens = (label_BL >= 0).sum()
         loss = total * world_size() / sum_over_ranks(num_tokens)
         return loss, {"loss": loss.detach()}

@@ -15,9 +15,8 @@ import sycoca
 from sycoca.config import parse_config
 from sycoca.evaluation.captioning import CaptionEvaluator
 from sycoca.finetune.captioning import FinetuneCaptioningConfig, finetune_captioning, first_images
-from sycoca.finetune.label_smoothing import SmoothedCaptioningConfig
 from sycoca.models.sycoca import Part
-from sycoca.objectives.captioning import next_token_labels
+from sycoca.objectives.captioning import CaptioningConfig, next_token_labels
 from sycoca.types import CheckpointError, ConfigError
 
 __all__ = ["quiet_run", "scenes"]
@@ -129,10 +128,10 @@ def test_smoothed_labels_give_pytorch_s_own_smoothed_loss():
     logit_BLV = model.text_decoder(features.token_BLD, features.patch_BPD)
     label_BL = next_token_labels(batch["token"], batch["length"])
     expected = F.cross_entropy(logit_BLV.mT, label_BL, label_smoothing=0.3)
-    loss, metrics = SmoothedCaptioningConfig(label_smoothing=0.3).build()(model, batch, features)
+    loss, metrics = CaptioningConfig(label_smoothing=0.3).build()(model, batch, features)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(metrics["loss"], expected)
-    plain, _ = SmoothedCaptioningConfig(label_smoothing=0.0).build()(model, batch, features)
+    plain, _ = CaptioningConfig(label_smoothing=0.0).build()(model, batch, features)
     assert plain != loss
 
 

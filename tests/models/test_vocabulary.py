@@ -36,6 +36,16 @@ def test_value_and_gradients_equal_the_plain_cross_entropy(rows: int):
     torch.testing.assert_close(actual, torch.autograd.grad(0.3 * expected, [state_ND, weight_VD]))
 
 
+@pytest.mark.parametrize("rows", [4, 100])
+def test_smoothed_value_and_gradients_equal_the_plain_ones(rows: int):
+    state_ND, weight_VD, label_N = make_inputs()
+    loss = linear_cross_entropy(state_ND, weight_VD, label_N, rows, smoothing=0.3)
+    expected = F.cross_entropy(state_ND @ weight_VD.T, label_N, reduction="sum", label_smoothing=0.3)
+    torch.testing.assert_close(loss, expected)
+    actual = torch.autograd.grad(loss, [state_ND, weight_VD])
+    torch.testing.assert_close(actual, torch.autograd.grad(expected, [state_ND, weight_VD]))
+
+
 def test_large_logits_do_not_overflow():
     state_ND, weight_VD, label_N = make_inputs(torch.float32)
     loss = linear_cross_entropy(100 * state_ND, weight_VD, label_N, 4)
