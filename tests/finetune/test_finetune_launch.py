@@ -10,7 +10,7 @@ from pairs_data import NUM_VAL, experiment, held_out, save_start, scenes
 
 import sycoca
 from sycoca.evaluation.captioning import CaptionEvaluator
-from tests.smoke.launching import DDP, PLAIN, ROOT, accelerate, run
+from tests.smoke.launching import DDP, PLAIN, run, zero_3
 
 __all__ = ["scenes"]
 pytestmark = pytest.mark.slow
@@ -33,16 +33,6 @@ def launch(launcher: list[str], tool: str, tree: dict[str, Any]) -> dict[str, An
 @pytest.fixture(scope="module")
 def start(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_start(tmp_path_factory.mktemp("start") / "run", scenes)
-
-
-def zero_3(folder: Path) -> list[str]:
-    """Its launch file changed to split small weights too, or nothing here would be split."""
-    settings = json.loads((ROOT / "launch/deepspeed/zero3.json").read_text())
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (folder / "zero3.json").write_text(json.dumps(settings))
-    launch_file = (ROOT / "launch/accelerate/zero3.yaml").read_text()
-    (folder / "zero3.yaml").write_text(launch_file.replace("launch/deepspeed/zero3.json", str(folder / "zero3.json")))
-    return accelerate(folder / "zero3.yaml")
 
 
 def test_self_critical_training_is_the_same_under_ddp_and_zero_3_and_its_checkpoint_scores_as_it_said(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from labelled_data import TRANSFORM, loud_logger, run_settings, save_start, write_images, write_questions
 
-from tests.smoke.launching import DDP, ROOT, accelerate, run
+from tests.smoke.launching import DDP, ROOT, run, zero_3
 
 __all__ = ["loud_logger"]
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("loud_logger")]
@@ -20,16 +20,6 @@ def run_here(tool: str, *arguments: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"tools/{tool}.py", *arguments])
         runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
-
-
-def zero_3(folder: Path) -> list[str]:
-    """Its launch file changed to split small weights too, or nothing here would be split."""
-    settings = json.loads((ROOT / "launch/deepspeed/zero3.json").read_text())
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (folder / "zero3.json").write_text(json.dumps(settings))
-    launch_file = (ROOT / "launch/accelerate/zero3.yaml").read_text()
-    (folder / "zero3.yaml").write_text(launch_file.replace("launch/deepspeed/zero3.json", str(folder / "zero3.json")))
-    return accelerate(folder / "zero3.yaml")
 
 
 @pytest.fixture

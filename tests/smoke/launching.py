@@ -22,6 +22,16 @@ def accelerate(launch_file: str | Path) -> list[str]:
     return [*command, "--num_processes", "2", "--main_process_port", "0"]
 
 
+def zero_3(folder: Path) -> list[str]:
+    """Its launch file changed to split small weights too, or nothing here would be split."""
+    settings = json.loads((ROOT / "launch/deepspeed/zero3.json").read_text())
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (folder / "zero3.json").write_text(json.dumps(settings))
+    launch_file = (ROOT / "launch/accelerate/zero3.yaml").read_text()
+    (folder / "zero3.yaml").write_text(launch_file.replace("launch/deepspeed/zero3.json", str(folder / "zero3.json")))
+    return accelerate(folder / "zero3.yaml")
+
+
 def run(command: list[str], data: Path, *, is_ddp: bool = False) -> subprocess.CompletedProcess[str]:
     """Run a command in the repository's root, on the CPU; `data` is what the configurations call DATA."""
     env = {name: value for name, value in os.environ.items() if name not in LAUNCHED and not name.startswith("ACCELERATE")}

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import sycoca
-from tests.smoke.launching import DDP, PLAIN, ROOT, accelerate, losses, pretrain, run
+from tests.smoke.launching import DDP, PLAIN, accelerate, losses, pretrain, run, zero_3
 
 pytestmark = pytest.mark.slow
 
@@ -17,15 +17,9 @@ ENGINES = {"plain": PLAIN, "DDP": DDP, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
 
 @pytest.fixture(scope="module")
 def launchers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """The commands; ZeRO-3 with its launch files changed to split small weights too, or nothing here would be split."""
-    folder = tmp_path_factory.mktemp("launch")
-    settings = json.loads((ROOT / "launch/deepspeed/zero3.json").read_text())
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (folder / "zero3.json").write_text(json.dumps(settings))
-    launch_file = (ROOT / "launch/accelerate/zero3.yaml").read_text()
-    (folder / "zero3.yaml").write_text(launch_file.replace("launch/deepspeed/zero3.json", str(folder / "zero3.json")))
+    """The command of each engine."""
     zero = {f"ZeRO-{stage}": accelerate(f"launch/accelerate/zero{stage}.yaml") for stage in (1, 2)}
-    return {"plain": PLAIN, "DDP": DDP, **zero, "ZeRO-3": accelerate(folder / "zero3.yaml")}
+    return {"plain": PLAIN, "DDP": DDP, **zero, "ZeRO-3": zero_3(tmp_path_factory.mktemp("launch"))}
 
 
 @pytest.fixture(scope="module")
