@@ -34,7 +34,7 @@ def run_tool(main: Callable[[], Mapping[str, Any]]) -> None:
     started = time.monotonic()
     try:
         path = _take_record_option()
-        command = shlex.join(sys.argv)
+        facts = {"command": shlex.join(sys.argv), "commit": _commit() if path else None}  # before: the source may move on
         result = main()
     except (ConfigError, DataError, CheckpointError) as error:
         _exit_with(str(error))
@@ -46,7 +46,7 @@ def run_tool(main: Callable[[], Mapping[str, Any]]) -> None:
         if not is_initialized() or PartialState().is_main_process:  # the process group may have ended: no rank to ask for
             print_result(result)
             if path is not None:
-                _record(path, command, time.monotonic() - started, result)
+                _record(path, facts, time.monotonic() - started, result)
 
 
 def _take_record_option() -> Path | None:
@@ -61,10 +61,14 @@ def _take_record_option() -> Path | None:
     return path
 
 
-def _record(path: Path, command: str, seconds: float, result: Mapping[str, Any]) -> None:
+def _commit() -> str | None:
+    """The commit of the source, where it lies in a repository."""
     ask = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    git = subprocess.run(ask, capture_output=True, text=True, check=False)
-    facts = {"command": command, "commit": git.stdout.strip() or None, "seconds": round(seconds, 1), "torch": torch.__version__}
+    return subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def _record(path: Path, facts: Mapping[str, Any], seconds: float, result: Mapping[str, Any]) -> None:
+    facts = {**facts, "seconds": round(seconds, 1), "torch": torch.__version__}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**facts, "result": dict(result)}, indent=1) + "\n", encoding="utf-8")
 

@@ -41,7 +41,7 @@ class PageConfig(Config):
 
 def write_page(config: PageConfig, records: Path) -> str:
     """The page in Markdown. Raises DataError for a record, or a figure in it, that is missing."""
-    parts = [PREAMBLE, f"# {config.title}\n", config.text.strip() + "\n" if config.text else ""]
+    parts = [PREAMBLE, f"\n# {config.title}\n\n", config.text.strip() + "\n" if config.text else ""]
     for section in config.sections:
         text = f"\n{section.text.strip()}\n" if section.text else ""
         parts += [f"\n## {section.title}\n", text, write_table(section, records)]
