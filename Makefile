@@ -1,6 +1,6 @@
 # Each target does its own set-up: a virtual environment in .venv, and the dependencies, once for each setup.cfg.
 # make quickstart   the main job on the embedded data, about ten minutes on two cores
-# make downstream   the five tasks from its checkpoint, about fifteen minutes
+# make downstream   the five tasks from its checkpoint, about twenty minutes
 # make test         every test        make lint types bench
 PYTHON ?= python3
 THREADS ?= $(shell nproc)
@@ -29,7 +29,7 @@ quickstart: $(STAMP)
 	$(BIN)/python tools/evaluate_zero_shot.py runs/quickstart --images 'data/scenes/val-*.tar' --templates scenes
 	$(BIN)/python tools/quickstart_report.py runs/quickstart data/scenes
 
-# what follows the quickstart: every task fine-tuned from its checkpoint, in about fifteen minutes; the page is runs/downstream.md
+# what follows the quickstart: every task fine-tuned from its checkpoint, in about twenty minutes; the page is runs/downstream.md
 VAL := 'data/scenes/val-*.tar'
 RECORD := --record runs/downstream
 downstream: export DATA = data

@@ -17,8 +17,7 @@ COLOURS = {
 }
 TEXTURES = ("plain", "striped", "checked", "dotted", "speckled", "shaded")
 PROB_NUM_OBJECTS = (0.5, 0.3, 0.2)
-"""Of one, two and three objects. Where several stand, a caption's words must first find their object; one alone is learned from
-at once, and without such scenes ten minutes of training teach colours only."""
+"""Of one, two and three objects. From scenes of several alone, ten minutes of training teach colours and no shapes."""
 DIAMETER_SHARE = {"large": (0.44, 0.54), "small": (0.26, 0.32)}
 """Least and greatest diameter, as shares of the image's side; the two never meet."""
 GAP_SHARE = 0.04
