@@ -4,6 +4,7 @@ Every tool takes `--record FILE` beside its own options: what it prints is then 
 and the time it took, for the results page (tools/write_results.py).
 """
 
+import argparse
 import json
 import re
 import shlex
@@ -17,12 +18,22 @@ from typing import Any
 import torch
 from accelerate.state import PartialState, is_initialized
 
+from sycoca.config import Schema, load_config
 from sycoca.log import print_result
 from sycoca.types import CheckpointError, ConfigError, DataError
 
 USER_ERROR_STATUS = 2
 _FROM_LOADER = re.compile(r"Caught (\w+) in DataLoader worker process.*\n(?:[\w.]+\.)?\1: (?P<message>.*)", re.DOTALL)
 """What torch makes of an error in a loader's process: the same type, with the whole traceback as its message."""
+
+
+def read_experiment(schema: type[Schema], description: str | None) -> Schema:
+    """The configuration that the command line names: `CONFIG [key.sub=value ...]`. Raises ConfigError."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML of configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
+    arguments = parser.parse_args()
+    return load_config(schema, arguments.config, arguments.overrides)
 
 
 def run_tool(main: Callable[[], Mapping[str, Any]]) -> None:

@@ -22,7 +22,7 @@ ALLOWED = {
     "distributed": {"types"},
     "log": {"types"},
     "generation": {"types", "config"},
-    "cli": {"types", "distributed", "log"},
+    "cli": {"types", "config", "distributed", "log"},
     "results": {"types", "config"},
     "data": LEAVES,
     "models": LEAVES,

@@ -32,7 +32,7 @@ def main() -> Mapping[str, Any]:
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "batch_size": options.batch_size}
 
     def load_batches() -> Iterable[Mapping[str, Any]]:
-        return islice(build_eval_loader(config, subject.tokenizer, **share), options.limit)
+        return islice(build_eval_loader(config, **share), options.limit)
 
     if options.rerank < 1:
         return RetrievalEvaluator(load_batches(), text_batch_size=options.batch_size)(subject)

@@ -7,19 +7,12 @@
 `torchrun` and plain `python` work as well.
 """
 
-import argparse
-
-from sycoca.cli import run_tool
-from sycoca.config import load_config
+from sycoca.cli import read_experiment, run_tool
 from sycoca.finetune.classification import FinetuneClassificationConfig, finetune_classification
 
 
 def main() -> dict[str, float | str | int]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="a classification_*.yaml of configs/finetune")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
-    arguments = parser.parse_args()
-    return finetune_classification(load_config(FinetuneClassificationConfig, arguments.config, arguments.overrides))
+    return finetune_classification(read_experiment(FinetuneClassificationConfig, __doc__))
 
 
 if __name__ == "__main__":

@@ -7,19 +7,12 @@
 `torchrun` and plain `python` work as well.
 """
 
-import argparse
-
-from sycoca.cli import run_tool
-from sycoca.config import load_config
+from sycoca.cli import read_experiment, run_tool
 from sycoca.finetune.vqa import FinetuneVqaConfig, finetune_vqa
 
 
 def main() -> dict[str, float | str | int]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="a vqa_*.yaml of configs/finetune")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
-    arguments = parser.parse_args()
-    return finetune_vqa(load_config(FinetuneVqaConfig, arguments.config, arguments.overrides))
+    return finetune_vqa(read_experiment(FinetuneVqaConfig, __doc__))
 
 
 if __name__ == "__main__":

@@ -64,12 +64,11 @@ def build_train_loader(
     return build_loader(stream, config.num_workers)
 
 
-def build_eval_loader(config: DataConfig, tokenizer: Tokenizer, *, rank: int, world_size: int, batch_size: int) -> DataLoader:
+def build_eval_loader(config: DataConfig, *, rank: int, world_size: int, batch_size: int) -> DataLoader:
     """Each sample once: rank r takes samples r, r + n, ... of the shards in order. Batches at the end may be short.
 
     Yields `image` (BCHW float32), `key`, `captions` (all of each sample), `meta` (its json) and `num_dropped` by reason.
     """
-    del tokenizer
     return build_loader(_EvalStream(config, rank=rank, world_size=world_size, batch_size=batch_size), config.num_workers)
 
 

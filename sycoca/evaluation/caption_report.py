@@ -66,7 +66,7 @@ class ShardReading(NamedTuple):
         """This rank's share, transformed for the model; may be opened again for another. Raises ConfigError, DataError."""
         settings = {"shards": list(self.shards), "batch_size": self.batch_size, "num_workers": self.num_workers}
         config = parse_config(DataConfig, {**settings, "transform": model.config.transform}, source="options")
-        loader = build_eval_loader(config, model.tokenizer, rank=rank(), world_size=world_size(), batch_size=self.batch_size)
+        loader = build_eval_loader(config, rank=rank(), world_size=world_size(), batch_size=self.batch_size)
         return islice(loader, self.limit)
 
 
@@ -104,9 +104,7 @@ def report_captioner(
     return report_scores(captions, others=others, per_image=files.per_image)
 
 
-def report_scores(
-    captions: CaptionedSet, *, others: Sequence[CaptionScores] = (), per_image: Path | None
-) -> dict[str, Any]:
+def report_scores(captions: CaptionedSet, *, others: Sequence[CaptionScores] = (), per_image: Path | None) -> dict[str, Any]:
     """Scores by name, times 100, with `num_images` and, in `absent`, why METEOR or SPICE is not there.
 
     `others` are scores of the same captions measured before. Writes each image's scores to the file `per_image` if given.

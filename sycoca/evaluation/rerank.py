@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sycoca.distributed import gather_objects, gather_uneven_rows, sum_over_ranks
-from sycoca.evaluation.embedding import embed_texts
+from sycoca.distributed import sum_over_ranks
+from sycoca.evaluation.embedding import EmbeddedSet, embed_pairs
 from sycoca.evaluation.retrieval import TIE, Ranks, recall_metrics, retrieval_ranks
-from sycoca.types import DataError, DualEncoder
+from sycoca.types import DualEncoder
 
 
 class CaptionRater(DualEncoder, Protocol):
@@ -26,16 +25,6 @@ class CaptionRater(DualEncoder, Protocol):
     def caption_log_prob(self, patch_NPD: Tensor, texts: list[str], /) -> Tensor:
         """N float32: the mean log-probability of a caption's tokens, given the patches of its row."""
         ...
-
-
-class _TestSet(NamedTuple):
-    """All ranks' images and captions; images in the order of their keys, captions in that of their images."""
-
-    image_NE: Tensor
-    text_NE: Tensor
-    image_of_text_N: Tensor
-    row_of_image: dict[str, int]
-    texts: list[str]
 
 
 class Candidates(NamedTuple):
@@ -64,7 +53,7 @@ class RerankEvaluator:
     def __call__(self, subject: CaptionRater) -> dict[str, float]:
         """Percent and places by name; the same on every rank. Raises DataError for an empty set, a key that occurs twice, an
         image without captions."""
-        known = self._embed(subject)
+        known = embed_pairs(subject, self._load_batches(), text_batch_size=self._text_batch_size)
         ranks = retrieval_ranks(known.image_NE, known.text_NE, known.image_of_text_N, chunk=self._chunk)
         texts = self._best(known.image_NE, known.text_NE)
         images = self._best(known.text_NE, known.image_NE)
@@ -82,36 +71,13 @@ class RerankEvaluator:
         )  # fmt: skip
         return recall_metrics(ranks) | {f"reranked/{name}": value for name, value in recall_metrics(reranked).items()}
 
-    def _embed(self, subject: CaptionRater) -> _TestSet:
-        images: list[Tensor] = []
-        own: list[tuple[str, list[str]]] = []
-        for batch in self._load_batches():
-            images.append(F.normalize(subject.encode_image(batch["image"]).float(), dim=-1))
-            own += zip(batch["key"], batch["captions"], strict=True)
-        text_NE = embed_texts(subject, [text for _, texts in own for text in texts], batch_size=self._text_batch_size)
-        image_NE = gather_uneven_rows(torch.cat(images) if images else text_NE[:0])
-        text_NE = gather_uneven_rows(text_NE)
-        pairs = [pair for share in gather_objects(own) for pair in share]
-        order = sorted(range(len(pairs)), key=lambda row: pairs[row][0])
-        _check([pairs[row] for row in order])
-        count_N = torch.tensor([len(texts) for _, texts in pairs])
-        places = [place.tolist() for place in torch.arange(len(text_NE)).split(count_N.tolist())]
-        device = image_NE.device
-        return _TestSet(
-            image_NE[order],
-            text_NE[[place for row in order for place in places[row]]],
-            torch.arange(len(order)).repeat_interleave(count_N[order]).to(device),
-            {pairs[row][0]: number for number, row in enumerate(order)},
-            [text for row in order for text in pairs[row][1]],
-        )
-
     def _best(self, query_NE: Tensor, other_NE: Tensor) -> Candidates:
         """In float64 and the same on every rank, so that neither the chunk's size nor the number of ranks shows."""
         num, other_NE = min(self._num_candidates, len(other_NE)), other_NE.double()
         best = [(rows_NE.double() @ other_NE.T).topk(num, dim=1) for rows_NE in query_NE.split(self._chunk)]
         return Candidates(torch.cat([part.indices for part in best]), torch.cat([part.values for part in best]))
 
-    def _rate(self, subject: CaptionRater, known: _TestSet, text_NJ: Tensor, image_NJ: Tensor) -> tuple[Tensor, Tensor]:
+    def _rate(self, subject: CaptionRater, known: EmbeddedSet, text_NJ: Tensor, image_NJ: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of each image's candidate texts and of each text given its candidate images, float64.
 
         Every rank rates the pairs of its own images, whose patches it has; each pair once.
@@ -144,13 +110,3 @@ def reranked_places(score_NJ: Tensor, is_own_NJ: Tensor, place_N: Tensor) -> Ten
     is_below_NJ = score_NJ < best_N1 - TIE
     new_N = 1 + (~is_below_NJ & ~is_own_NJ).sum(1)
     return torch.where(is_own_NJ.any(1), new_N, place_N)
-
-
-def _check(pairs: list[tuple[str, list[str]]]) -> None:
-    if not pairs:
-        raise DataError("retrieval: expected images with captions, found none; check the shards")
-    for (key, texts), following in zip(pairs, [*pairs[1:], None]):
-        if not texts:
-            raise DataError(f"{key}: an image without captions; retrieval needs at least one for each image")
-        if following is not None and following[0] == key:
-            raise DataError(f"{key}: two images of this name; retrieval needs each image once")

@@ -4,18 +4,16 @@ The protocol of Karpathy's splits (COCO, Flickr30k: five captions an image): an 
 its captions, a caption at the place of its image.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sycoca.distributed import gather_objects, gather_uneven_rows, rank, sum_over_ranks, world_size
-from sycoca.evaluation.embedding import embed_texts
-from sycoca.types import DataError, DualEncoder
+from sycoca.distributed import rank, sum_over_ranks, world_size
+from sycoca.evaluation.embedding import embed_pairs
+from sycoca.types import DualEncoder
 
 RECALL_AT = (1, 5, 10)
 TIE = 1e-6
@@ -48,23 +46,8 @@ class RetrievalEvaluator:
     def __call__(self, subject: DualEncoder) -> dict[str, float]:
         """Percent and places by name; the same on every rank, and at every world size if the encoder gives a row the same
         embedding in any batch. Raises DataError for an empty set, a key that occurs twice, an image without captions."""
-        image_NE, text_NE, image_of_text_N = _gathered(*self._embed(subject))
-        ranks = retrieval_ranks(image_NE, text_NE, image_of_text_N, chunk=self._chunk)
-        return recall_metrics(ranks)
-
-    def _embed(self, subject: DualEncoder) -> tuple[Tensor, Tensor, dict[str, int]]:
-        """This rank's images and captions as unit rows, and the number of captions by the image's key."""
-        images: list[Tensor] = []
-        captions: list[str] = []
-        num_captions: dict[str, int] = {}
-        for batch in self._batches:
-            images.append(F.normalize(subject.encode_image(batch["image"]).float(), dim=-1))
-            for key, texts in zip(batch["key"], batch["captions"], strict=True):
-                _check_captions(key, texts, num_captions)
-                num_captions[key] = len(texts)
-                captions += texts
-        text_NE = embed_texts(subject, captions, batch_size=self._text_batch_size)
-        return torch.cat(images) if images else text_NE[:0], text_NE, num_captions
+        known = embed_pairs(subject, self._batches, text_batch_size=self._text_batch_size)
+        return recall_metrics(retrieval_ranks(known.image_NE, known.text_NE, known.image_of_text_N, chunk=self._chunk))
 
 
 def retrieval_ranks(image_NE: Tensor, text_NE: Tensor, image_of_text_N: Tensor, *, chunk: int) -> Ranks:
@@ -112,29 +95,3 @@ def _places_of_best(score_NN: Tensor, is_own_NN: Tensor) -> Tensor:
     best_N1 = score_NN.masked_fill(~is_own_NN, -torch.inf).amax(1, keepdim=True)
     is_below_NN = score_NN < best_N1 - TIE  # never true of NaN
     return 1 + (~is_below_NN & ~is_own_NN).sum(1)
-
-
-def _check_captions(key: str, texts: list[str], seen: dict[str, int]) -> None:
-    if not texts:
-        raise DataError(f"{key}: an image without captions; retrieval needs at least one for each image")
-    if key in seen:
-        raise DataError(f"{key}: two images of this name; retrieval needs each image once")
-
-
-def _gathered(image_NE: Tensor, text_NE: Tensor, num_captions: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """All ranks' images and texts sorted by key, and each text's row of the images."""
-    image_NE, text_NE = gather_uneven_rows(image_NE), gather_uneven_rows(text_NE)
-    shares = gather_objects(num_captions)
-    keys = [key for share in shares for key in share]
-    counts = torch.tensor([count for share in shares for count in share.values()])
-    if not keys:
-        raise DataError("retrieval: expected images with captions, found none; check the shards")
-    if len(set(keys)) < len(keys):
-        twice = next(key for key, count in Counter(keys).items() if count > 1)
-        raise DataError(f"{twice}: an image of this name on two ranks; retrieval needs each image once")
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    starts = counts.cumsum(0) - counts
-    text_order = torch.cat([torch.arange(int(counts[row])) + starts[row] for row in order])
-    image_of_text_N = torch.arange(len(keys)).repeat_interleave(counts[order])
-    device = image_NE.device
-    return image_NE[order], text_NE[text_order.to(device)], image_of_text_N.to(device)

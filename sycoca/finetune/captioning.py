@@ -113,7 +113,7 @@ def build_evaluation(
         was_training = subject.model.training
         subject.model.eval()
         batches: Iterable[Mapping[str, Any]] = build_eval_loader(
-            source, subject.tokenizer, rank=rank(), world_size=world_size(), batch_size=config.batch_size
+            source, rank=rank(), world_size=world_size(), batch_size=config.batch_size
         )
         if config.limit is not None:
             batches = first_images(batches, len(range(rank(), config.limit, world_size())))

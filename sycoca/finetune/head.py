@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sycoca.config import Config, load_config
 from sycoca.data.stream import LoaderConfig
-from sycoca.data.tokenizer import TokenizerConfig
+from sycoca.finetune.start import check_tokenizer
 from sycoca.log import logger
 from sycoca.models.init import initialise
 from sycoca.models.sycoca import SyCoCa
@@ -101,8 +101,7 @@ def to_pixels(images: Images, subject: Pretrained) -> Tensor:
 
 def check_options(config: TrainConfig, data: LoaderConfig) -> None:
     """Raises ConfigError for settings that would be passed over: the checkpoint's tokenizer reads, and batches stay whole."""
-    if data.tokenizer != TokenizerConfig():
-        raise ConfigError(f"data.tokenizer: {data.tokenizer.name!r}; remove it, the checkpoint's own tokenizer is used")
+    check_tokenizer(data)
     if config.optim.num_chunks > 1:
         raise ConfigError(
             "optim.num_chunks: only a contrastive loss needs its batch whole; for less memory lower data.batch_size, or set "

@@ -7,7 +7,7 @@ from typing import Any
 from sycoca.data.pipeline import DataConfig, build_train_loader
 from sycoca.data.tokenizer import TokenizerConfig
 from sycoca.distributed import rank, world_size
-from sycoca.finetune.start import Start, StartConfig
+from sycoca.finetune.start import Start, StartConfig, check_tokenizer
 from sycoca.pretrained import find_checkpoint
 from sycoca.types import ConfigError
 
@@ -17,8 +17,7 @@ def read_as_trained(data: DataConfig, config: StartConfig, start: Start) -> Data
 
     Raises ConfigError where another tokenizer is named, or captions may be longer than the checkpoint's model can read.
     """
-    if data.tokenizer != TokenizerConfig():
-        raise ConfigError(f"data.tokenizer: {data.tokenizer.name!r}; remove it, the checkpoint's own tokenizer is used")
+    check_tokenizer(data)
     if data.max_tokens > start.config.max_tokens:
         raise ConfigError(
             f"data.max_tokens is {data.max_tokens} and {config.checkpoint} was trained for {start.config.max_tokens} at most; "
@@ -32,8 +31,6 @@ def build_batches(data: DataConfig, start: Start, *, seed: int) -> Callable[[Any
     """This rank's endless training batches, from a position that a checkpoint keeps."""
 
     def load_batches(position: Any) -> Iterable[Any]:
-        return build_train_loader(
-            data, start.tokenizer, seed=seed, rank=rank(), world_size=world_size(), resume=position
-        )
+        return build_train_loader(data, start.tokenizer, seed=seed, rank=rank(), world_size=world_size(), resume=position)
 
     return load_batches

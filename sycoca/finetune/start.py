@@ -11,12 +11,13 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from sycoca.config import Config, load_config
-from sycoca.data.tokenizer import Tokenizer, build_tokenizer
+from sycoca.data.stream import LoaderConfig
+from sycoca.data.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
 from sycoca.data.transforms import TransformConfig
 from sycoca.log import logger
 from sycoca.models.sycoca import Part, SyCoCa
 from sycoca.pretrained import MODEL_PREFIX, PretrainedConfig, find_checkpoint
-from sycoca.types import CheckpointError
+from sycoca.types import CheckpointError, ConfigError
 
 PURPOSE: dict[Part, str] = {
     "text": "read text",
@@ -73,14 +74,18 @@ def start_from(config: StartConfig, *, parts: Set[Part], transform: TransformCon
     return Start(model, tokenizer, after)
 
 
+def check_tokenizer(data: LoaderConfig) -> None:
+    """Raises ConfigError where the data names a tokenizer: the checkpoint's own reads, and another would be passed over."""
+    if data.tokenizer != TokenizerConfig():
+        raise ConfigError(f"data.tokenizer: {data.tokenizer.name!r}; remove it, the checkpoint's own tokenizer is used")
+
+
 def describe(
     before: PretrainedConfig, config: StartConfig, parts: Set[Part], transform: TransformConfig | None
 ) -> PretrainedConfig:
     """What the model will be: the checkpoint's description with the task's parts, size and stochastic depth."""
     size = config.image_size or before.model.vision.image_size
-    vision = before.model.vision.model_copy(
-        update={"pretrained": False, "image_size": size, "drop_path": config.drop_path}
-    )
+    vision = before.model.vision.model_copy(update={"pretrained": False, "image_size": size, "drop_path": config.drop_path})
     model = before.model.model_copy(update={"vision": vision, "recompute": config.recompute, "locked": []})
     chosen = transform or before.transform
     seen = chosen.model_copy(update={"size": size, "mean": before.transform.mean, "std": before.transform.std})

@@ -17,7 +17,7 @@ from sycoca.models.decoding import CaptionStep
 from sycoca.models.sycoca import Part, SyCoCa
 from sycoca.models.text import TextEncoder
 from sycoca.models.text_decoder import TextDecoder
-from sycoca.objectives.captioning import IGNORED
+from sycoca.models.vocabulary import IGNORED
 from sycoca.train.task import precision
 from sycoca.types import Batch, ConfigError, Metrics
 
@@ -127,9 +127,7 @@ def draw_answers(target_BN: Tensor) -> Tensor:
     return torch.multinomial(target_BN.masked_fill(has_none_B1, 1.0), num_samples=1)[:, 0]
 
 
-def append_answers(
-    token_BL: Tensor, length_B: Tensor, answer_BT: Tensor, answer_length_B: Tensor
-) -> tuple[Tensor, Tensor]:
+def append_answers(token_BL: Tensor, length_B: Tensor, answer_BT: Tensor, answer_length_B: Tensor) -> tuple[Tensor, Tensor]:
     """Questions followed by their answers, L + T columns, and next-token labels of the answers' tokens only.
 
     The label at the question's last token is the answer's first token; all else is IGNORED.

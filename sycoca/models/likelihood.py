@@ -6,9 +6,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sycoca.models.sycoca import SyCoCa
-from sycoca.models.vocabulary import ROWS_A_CHUNK
-
-IGNORED = -100
+from sycoca.models.vocabulary import IGNORED, ROWS_A_CHUNK
 
 
 def token_log_probs(model: SyCoCa, patch_NPD: Tensor, token_NL: Tensor, length_N: Tensor) -> Tensor:

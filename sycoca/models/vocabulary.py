@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+IGNORED = -100
+"""The label of a place that has nothing to predict."""
 ROWS_A_CHUNK = 512
 """Rows of logits alive at a time: 512 x 49,408 float32 are 101 MB."""
 ROUND_ROWS_TO = 64

@@ -9,10 +9,9 @@ from torch import Tensor
 from sycoca.distributed import sum_over_ranks, world_size
 from sycoca.models.masking import Which, gather_patches, select
 from sycoca.models.sycoca import SyCoCa
+from sycoca.models.vocabulary import IGNORED
 from sycoca.objectives.base import Objective, ObjectiveConfig
 from sycoca.types import Batch, Features, Metrics
-
-IGNORED = -100
 
 
 class CaptioningConfig(ObjectiveConfig):
@@ -44,9 +43,7 @@ class CaptioningObjective(Objective):
         if self.config.drop_share > 0:
             memory_BMD = gather_patches(memory_BMD, self._kept(features))
         label_BL = next_token_labels(batch["token"], batch["length"])
-        total = model.text_decoder(
-            features.token_BLD, memory_BMD, label_BL, label_smoothing=self.config.label_smoothing
-        )
+        total = model.text_decoder(features.token_BLD, memory_BMD, label_BL, label_smoothing=self.config.label_smoothing)
         num_tokens = (label_BL >= 0).sum()
         loss = total * world_size() / sum_over_ranks(num_tokens)
         return loss, {"loss": loss.detach()}

@@ -37,7 +37,6 @@ class WeightAverage:
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
         newest = [self.parameters[name].detach() for name in self.averages]
-        self.averages = {name: value.to(new.device) for (name, value), new in zip(self.averages.items(), newest, strict=True)}
         torch._foreach_lerp_(list(self.averages.values()), newest, 1 - decay)
 
     def use_in(self, measure: Callable[[], Any]) -> Callable[[], Any]:

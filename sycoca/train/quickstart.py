@@ -59,13 +59,11 @@ def measure(run: Path, scenes: Path) -> dict[str, float]:
 def measure_pairs(subject: Pretrained, shards: list[str]) -> dict[str, float]:
     """Retrieval over all captions, zero-shot classes, and whether the captions written are right."""
     data = DataConfig(shards=shards, batch_size=BATCH_SIZE, num_workers=0, transform=subject.config.transform)
-    loader = build_eval_loader(data, subject.tokenizer, rank=0, world_size=1, batch_size=BATCH_SIZE)
+    loader = build_eval_loader(data, rank=0, world_size=1, batch_size=BATCH_SIZE)
     batches = list(loader)
     figures = RetrievalEvaluator(batches)(subject)
     captions = [caption for batch in batches for caption in subject.caption(batch["image"])]
-    objects = [
-        [f"{item['colour']} {item['shape']}" for item in meta["objects"]] for batch in batches for meta in batch["meta"]
-    ]
+    objects = [[f"{item['colour']} {item['shape']}" for item in meta["objects"]] for batch in batches for meta in batch["meta"]]
     places: dict[str | int, int] = {name: place for place, name in enumerate(CLASS_NAMES)}
     labelled = batch_images(labelled_images(shards), subject.transform, places=places, batch_size=BATCH_SIZE)
     zero_shot = ZeroShotEvaluator(labelled, class_names=CLASS_NAMES, templates=CLASS_TEMPLATES)(subject)

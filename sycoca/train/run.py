@@ -93,8 +93,8 @@ def run_job(config: TrainConfig, job: Job, accelerator: Accelerator) -> dict[str
         compile_blocks(job.task)
     optimizer = build_optimizer(job.task, config.optim, job.layer_scales)
     check_average(config.optim, accelerator)
-    average = WeightAverage(job.task, config.optim.average_decay) if config.optim.average_decay else None
     prepared, prepared_optimizer = prepare(accelerator, job.task, optimizer)
+    average = WeightAverage(job.task, config.optim.average_decay) if config.optim.average_decay else None
     trainee = Trainee(accelerator, prepared, prepared_optimizer, average)
     trackers = open_trackers(config) if accelerator.is_main_process else []
     set_seed(config.run.seed + 1 + rank())  # other dropout and random masks on every rank
@@ -161,9 +161,7 @@ def follow(loader: Iterable[Any], state: TrainState) -> Iterator[Any]:
         yield batch
 
 
-def build_hooks(
-    config: TrainConfig, job: Job, trainee: Trainee, state: TrainState, trackers: list[Tracker]
-) -> list[Hook]:
+def build_hooks(config: TrainConfig, job: Job, trainee: Trainee, state: TrainState, trackers: list[Tracker]) -> list[Hook]:
     """Average, log, evaluate, sample, save: in this order."""
     hooks: list[Hook] = [LogHook(config.run.log_every, config.optim.num_steps, trackers)]
     average, evaluation = trainee.average, None

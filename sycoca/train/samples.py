@@ -31,13 +31,9 @@ CAPTION_WIDTH = 26
 class SampleWriter:
     """Writes `step_N.png` and `step_N.json` for the first held-out pairs. Every rank must call it; rank 0 writes."""
 
-    def __init__(
-        self, task: PretrainTask, subject: Pretrained, config: EvaluateConfig, data: DataConfig, folder: Path
-    ):
+    def __init__(self, task: PretrainTask, subject: Pretrained, config: EvaluateConfig, data: DataConfig, folder: Path):
         self.task, self.subject, self.folder, self.transform = task, subject, folder, data.transform
-        loader = build_eval_loader(
-            held_out(config, data), subject.tokenizer, rank=0, world_size=1, batch_size=max(1, config.num_samples)
-        )
+        loader = build_eval_loader(held_out(config, data), rank=0, world_size=1, batch_size=max(1, config.num_samples))
         [self.pairs] = islice(loader, 1)
 
     @torch.no_grad()

@@ -8,7 +8,6 @@ from pydantic import Field
 
 from sycoca.config import Config
 from sycoca.data.pipeline import DataConfig, build_eval_loader
-from sycoca.data.tokenizer import build_tokenizer
 from sycoca.distributed import rank, world_size
 from sycoca.evaluation.retrieval import RetrievalEvaluator
 from sycoca.models.sycoca import SyCoCa
@@ -34,12 +33,11 @@ def build_evaluation(
 ) -> Callable[[], dict[str, float]]:
     """A function that evaluates `subject` as it stands, on all ranks."""
     source = held_out(config, data)
-    tokenizer = build_tokenizer(data.tokenizer.name)
 
     def evaluate() -> dict[str, float]:
         was_training = subject.model.training
         subject.model.eval()
-        loader = build_eval_loader(source, tokenizer, rank=rank(), world_size=world_size(), batch_size=config.batch_size)
+        loader = build_eval_loader(source, rank=rank(), world_size=world_size(), batch_size=config.batch_size)
         with precision(subject.device, is_bf16=is_bf16):
             figures = RetrievalEvaluator(loader)(whole_on_this_rank(subject))
         subject.model.train(was_training)

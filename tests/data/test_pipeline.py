@@ -196,8 +196,7 @@ def test_batches_made_ahead_do_not_move_the_position(folder: Path, clip: Tokeniz
 def test_evaluation_sees_each_sample_once(folder: Path, clip: Tokenizer, world_size: int, num_workers: int) -> None:
     config = make_config(folder, num_workers=num_workers)
     ranks = [
-        _keys(list(build_eval_loader(config, clip, rank=rank, world_size=world_size, batch_size=4)))
-        for rank in range(world_size)
+        _keys(list(build_eval_loader(config, rank=rank, world_size=world_size, batch_size=4))) for rank in range(world_size)
     ]
     every = [f"{shard}_{i}" for shard, num in enumerate([5, 9, 7, 11, 6]) for i in range(num)]
     assert [sorted(keys) for keys in ranks] == [sorted(every[rank::world_size]) for rank in range(world_size)]
@@ -207,7 +206,7 @@ def test_evaluation_gives_all_captions_and_the_json(tmp_path: Path, clip: Tokeni
     meta = {"captions": ["one", "two"], "label": 3}
     members = [("a.png", encode_image(form="PNG")), ("a.json", make_json(**meta)), *make_pair("b", image=b""), *make_pair("c")]
     write_shard(tmp_path / "a.tar", members)
-    (batch,) = build_eval_loader(make_config(tmp_path), clip, rank=0, world_size=1, batch_size=9)
+    (batch,) = build_eval_loader(make_config(tmp_path), rank=0, world_size=1, batch_size=9)
     assert batch["key"] == ["a", "c"]
     assert batch["captions"] == [["one", "two"], ["photo c"]]
     assert batch["meta"] == [meta, {}]

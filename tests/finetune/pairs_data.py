@@ -85,8 +85,7 @@ def train_data(scenes: Path) -> DataConfig:
 def held_out(scenes: Path) -> list[dict[str, Any]]:
     """The held-out scenes as an evaluation reads them, in batches of three and two."""
     tree = {"shards": [f"{scenes}/val-*.tar"], "batch_size": 2, "num_workers": 0, "transform": TRANSFORM}
-    tokenizer = build_tokenizer(scenes / "tokenizer")
-    return list(build_eval_loader(DataConfig.model_validate(tree), tokenizer, rank=0, world_size=1, batch_size=3))
+    return list(build_eval_loader(DataConfig.model_validate(tree), rank=0, world_size=1, batch_size=3))
 
 
 def forget_after(folder: Path, *, step: int) -> None:

@@ -74,6 +74,24 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(stage: dict[str, Any], s
     assert [len(lines(folder, "loss")) for folder in (whole, resumed)] == [4, 6]
 
 
+@pytest.mark.slow
+def test_with_an_average_an_interrupted_run_goes_on_to_the_same_weights_and_the_average_is_what_is_saved(
+    start: Path, scenes: Path, tmp_path: Path
+):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    changes = {"evaluate": {"shards": []}, "optim": {"average_decay": 0.5}}
+    for folder in (whole, resumed):
+        finetune(experiment(start, scenes, folder, **changes))
+    forget_after(resumed, step=2)
+    finetune(experiment(start, scenes, resumed, **changes))
+    last = [folder / "checkpoints" / "last" for folder in (whole, resumed)]
+    for name in ("model.safetensors", "state/newest.safetensors"):
+        weights, others = (load_file(folder / name) for folder in last)
+        assert all(others[key].equal(value) for key, value in weights.items())
+    average, newest = load_file(last[0] / "model.safetensors"), load_file(last[0] / "state" / "newest.safetensors")
+    assert not average["model.vision.vit.pos_embed"].equal(newest["model.vision.vit.pos_embed"])
+
+
 def test_random_weights_are_not_the_checkpoint_s(start: Path, scenes: Path, tmp_path: Path):
     losses = []
     for weights in ("checkpoint", "random"):

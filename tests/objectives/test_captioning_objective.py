@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from sycoca.models.masking import RelevanceConfig
 from sycoca.models.sycoca import SyCoCa
-from sycoca.objectives.captioning import IGNORED, CaptioningConfig, next_token_labels
+from sycoca.models.vocabulary import IGNORED
+from sycoca.objectives.captioning import CaptioningConfig, next_token_labels
 from sycoca.types import Batch, Features
 
 X = IGNORED
