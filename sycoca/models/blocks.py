@@ -1,4 +1,7 @@
-"""Attention and the pre-norm transformer block that the text tower and both decoders are stacked from."""
+"""Attention and the pre-norm transformer block that the text tower and both decoders are stacked from.
+
+In training a stack of texts works on packed rows (models/packing.py), ND instead of BLD: all but attention treats rows alike.
+"""
 
 from dataclasses import dataclass
 
@@ -7,6 +10,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from sycoca.models.packing import Packing
 
 
 @dataclass(slots=True)
@@ -43,8 +48,9 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BLD: Tensor, cache: AttentionCache | None = None) -> Tensor:
-        query, key, value = rearrange(self.qkv(x_BLD), "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
+    def forward(self, x_BLD: Tensor, cache: AttentionCache | None = None, packing: Packing | None = None) -> Tensor:
+        qkv_BLX = self.qkv(x_BLD) if packing is None else packing.pad(self.qkv(x_BLD))
+        query, key, value = rearrange(qkv_BLX, "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
         is_first = cache is None or cache.key is None
         assert is_first or x_BLD.shape[1] == 1, "after the prompt, tokens come one at a time"
         if cache is not None:
@@ -52,7 +58,8 @@ class SelfAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(
             query, key, value, is_causal=self.is_causal and is_first, dropout_p=self.dropout if self.training else 0.0
         )
-        return self.out(rearrange(mixed, "b h l d -> b l (h d)"))
+        mixed_BLD = rearrange(mixed, "b h l d -> b l (h d)")
+        return self.out(mixed_BLD if packing is None else packing.pack(mixed_BLD))
 
 
 class CrossAttention(nn.Module):
@@ -66,16 +73,19 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(
-        self, x_BLD: Tensor, memory_BMF: Tensor, is_real_BM: Tensor | None = None, cache: AttentionCache | None = None
-    ) -> Tensor:
+        self, x_BLD: Tensor, memory_BMF: Tensor, is_real_BM: Tensor | None = None, cache: AttentionCache | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:  # fmt: skip
         """`is_real_BM`: True where a memory token may be attended to; None: all of them."""
-        query = rearrange(self.query(x_BLD), "b l (h d) -> b h l d", h=self.num_heads)
+        query_BLD = self.query(x_BLD) if packing is None else packing.pad(self.query(x_BLD))
+        query = rearrange(query_BLD, "b l (h d) -> b h l d", h=self.num_heads)
         key, value = self._key_value(memory_BMF, cache)
         mask = None if is_real_BM is None else is_real_BM[:, None, None, :]
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
         )
-        return self.out(rearrange(mixed, "b h l d -> b l (h d)"))
+        mixed_BLD = rearrange(mixed, "b h l d -> b l (h d)")
+        return self.out(mixed_BLD if packing is None else packing.pack(mixed_BLD))
 
     def _key_value(self, memory_BMF: Tensor, cache: AttentionCache | None) -> tuple[Tensor, Tensor]:
         if cache is not None and cache.memory_key is not None and cache.memory_value is not None:
@@ -122,11 +132,12 @@ class Block(nn.Module):
         memory_BMF: Tensor | None = None,
         is_real_BM: Tensor | None = None,
         cache: AttentionCache | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        x_BLD = x_BLD + self.self_attention(self.self_norm(x_BLD), cache)
+        x_BLD = x_BLD + self.self_attention(self.self_norm(x_BLD), cache, packing)
         if self.has_memory:
             assert memory_BMF is not None, "this block was built to attend to a memory"
-            x_BLD = x_BLD + self.cross_attention(self.cross_norm(x_BLD), memory_BMF, is_real_BM, cache)
+            x_BLD = x_BLD + self.cross_attention(self.cross_norm(x_BLD), memory_BMF, is_real_BM, cache, packing)
         return x_BLD + self.mlp(self.mlp_norm(x_BLD))
 
 
@@ -145,10 +156,12 @@ class Stack(nn.Module):
         memory_BMF: Tensor | None = None,
         is_real_BM: Tensor | None = None,
         caches: list[AttentionCache] | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
+        """States of the tokens, BLD; packed rows in and out (ND) where there is a packing."""
         for number, block in enumerate(self.blocks):
             if self.recompute and self.training:
-                x_BLD = checkpoint(block, x_BLD, memory_BMF, is_real_BM, use_reentrant=False)  # pyright: ignore
+                x_BLD = checkpoint(block, x_BLD, memory_BMF, is_real_BM, None, packing, use_reentrant=False)  # pyright: ignore
             else:
-                x_BLD = block(x_BLD, memory_BMF, is_real_BM, None if caches is None else caches[number])
+                x_BLD = block(x_BLD, memory_BMF, is_real_BM, None if caches is None else caches[number], packing)
         return self.norm(x_BLD)

@@ -1,6 +1,9 @@
 """Every initialisation rule of the model, in one place. A test fills the model with NaN, calls this, and finds no NaN left."""
 
 import torch
+from timm.layers.attention import Attention as VitAttention
+from timm.layers.mlp import Mlp as VitMlp
+from timm.models.vision_transformer import Block as VitBlock
 from timm.models.vision_transformer import LayerScale, VisionTransformer
 from torch import Tensor, nn
 
@@ -26,7 +29,9 @@ def initialise(model: nn.Module) -> None:
             _initialise_one(module)
     for module in model.modules():
         if isinstance(module, Stack):
-            _scale_by_depth(module)
+            _scale_stack(module)
+        if isinstance(module, VisionEncoder) and not module.is_pretrained:
+            _scale_vit(module.vit)
         if isinstance(module, HidePatches):
             nn.init.trunc_normal_(module.mask_token, std=TOKEN_STD)
         if isinstance(module, TextEncoder):
@@ -97,18 +102,30 @@ def grid_positions(num_patches: int, width: int) -> Tensor:
     return torch.cat([row_PD, column_PD], dim=1)
 
 
-def _scale_by_depth(stack: Stack) -> None:
-    """CLIP's rule for a pre-norm stack: what is added to the residual stream shrinks with the number of layers."""
-    num_layers = max(len(stack.blocks), 1)
+def _scale_stack(stack: Stack) -> None:
     for block in stack.blocks:
         assert isinstance(block, Block)
-        width = block.mlp.fc.in_features
-        nn.init.normal_(block.self_attention.qkv.weight, std=width**-0.5)
-        nn.init.normal_(block.mlp.fc.weight, std=(2 * width) ** -0.5)
-        added = [block.self_attention.out, block.mlp.out]
+        read, added = [block.self_attention.qkv.weight], [block.self_attention.out.weight, block.mlp.out.weight]
         if block.has_memory:
-            nn.init.normal_(block.cross_attention.query.weight, std=width**-0.5)
-            nn.init.normal_(block.cross_attention.key_value.weight, std=block.cross_attention.key_value.in_features**-0.5)
-            added.append(block.cross_attention.out)
-        for linear in added:
-            nn.init.normal_(linear.weight, std=(width * 2 * num_layers) ** -0.5)
+            read += [block.cross_attention.query.weight, block.cross_attention.key_value.weight]
+            added.append(block.cross_attention.out.weight)
+        _scale_block(read, block.mlp.fc.weight, added, num_layers=len(stack.blocks))
+
+
+def _scale_vit(vit: VisionTransformer) -> None:
+    """Of a new ViT. At widths far below Base the usual 0.02 is so little that attention stays even and blocks add nothing:
+    at width 128 shapes are learned in half the steps or fewer without it."""
+    for block in vit.blocks:
+        if isinstance(block, VitBlock) and isinstance(block.attn, VitAttention) and isinstance(block.mlp, VitMlp):
+            added = [block.attn.proj.weight, block.mlp.fc2.weight]
+            _scale_block([block.attn.qkv.weight], block.mlp.fc1.weight, added, num_layers=len(vit.blocks))
+
+
+def _scale_block(read: list[Tensor], fc: Tensor, added: list[Tensor], *, num_layers: int) -> None:
+    """CLIP's rule for a pre-norm stack: what is added to the residual stream shrinks with the number of layers."""
+    width = fc.shape[1]
+    nn.init.normal_(fc, std=(2 * width) ** -0.5)
+    for weight in read:
+        nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    for weight in added:
+        nn.init.normal_(weight, std=(width * 2 * num_layers) ** -0.5)

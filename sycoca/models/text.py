@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sycoca.config import Config
 from sycoca.models.blocks import AttentionCache, Block, Stack
+from sycoca.models.packing import Packing
 
 
 class TextConfig(Config):
@@ -41,17 +42,21 @@ class TextEncoder(nn.Module):
         """States of the tokens (BLD) and of the summary token (BD). States beyond `length_B` mean nothing."""
         x_BLD = self._embed(token_BL, first=0)
         if self.summary_D is None:
-            return self.stack(x_BLD), None
+            return self._states(x_BLD, length_B), None
         place = torch.arange(token_BL.shape[1] + 1, device=token_BL.device)
         is_summary = (place == length_B[:, None])[..., None]
         x_BLD = torch.where(is_summary, self.summary_D.to(x_BLD.dtype), nn.functional.pad(x_BLD, (0, 0, 0, 1)))
-        state = self.stack(x_BLD)
+        state = self._states(x_BLD, length_B + 1)
         summary_BD = state.gather(1, length_B[:, None, None].expand(-1, 1, state.shape[-1]))[:, 0]
         return state[:, :-1], summary_BD
 
     def step(self, token_BL: Tensor, caches: list[AttentionCache], first: int) -> Tensor:
         """States of new tokens that continue the cached ones; `first` is the place of the first new token."""
         return self.stack(self._embed(token_BL, first=first), caches=caches)
+
+    def _states(self, x_BLD: Tensor, length_B: Tensor) -> Tensor:
+        packing = Packing(length_B, x_BLD.shape[1])
+        return packing.pad(self.stack(packing.pack(x_BLD), packing=packing))
 
     def _embed(self, token_BL: Tensor, *, first: int) -> Tensor:
         place_L = torch.arange(first, first + token_BL.shape[1], device=token_BL.device)

@@ -1,9 +1,11 @@
 """The text decoder: the multimodal half of the text layers, causal, attending to image patches (CoCa, section 3.2)."""
 
+import torch
 from torch import Tensor, nn
 
 from sycoca.config import Config
 from sycoca.models.blocks import AttentionCache, Block, Stack
+from sycoca.models.packing import Packing
 from sycoca.models.vocabulary import Vocabulary
 
 
@@ -38,8 +40,10 @@ class TextDecoder(nn.Module):
         caches: list[AttentionCache] | None = None, label_smoothing: float = 0.0,
     ) -> Tensor:  # fmt: skip
         """Without labels BLV logits; with labels the cross-entropy summed over all labels that are not negative."""
-        state_BLD = self.stack(token_BLD, memory_BMF, caches=caches)
         if label_BL is None:
-            return self.vocabulary(state_BLD)
-        is_target_BL = label_BL >= 0
-        return self.vocabulary(state_BLD[is_target_BL], label_BL[is_target_BL], label_smoothing)
+            return self.vocabulary(self.stack(token_BLD, memory_BMF, caches=caches))
+        place_L = torch.arange(1, label_BL.shape[1] + 1, device=label_BL.device)
+        packing = Packing(((label_BL >= 0) * place_L).amax(dim=1), label_BL.shape[1])  # causal: up to the last label
+        state_ND = self.stack(packing.pack(token_BLD), memory_BMF, packing=packing)
+        label_N = packing.pack(label_BL)
+        return self.vocabulary(state_ND[label_N >= 0], label_N[label_N >= 0], label_smoothing)

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sycoca.models.packing import ROUND_ROWS_TO
+
 IGNORED = -100
 """The label of a place that has nothing to predict."""
 ROWS_A_CHUNK = 512
 """Rows of logits alive at a time: 512 x 49,408 float32 are 101 MB."""
-ROUND_ROWS_TO = 64
-"""The number of words differs from batch to batch; without rounding every batch makes (and keeps) matrix kernels of its own."""
 
 
 class Vocabulary(nn.Module):

@@ -20,6 +20,9 @@ class CaptioningConfig(ObjectiveConfig):
     type: Literal["ic"] = "ic"
     drop_share: float = 0.0
     drop: Which = "bottom"
+    drop_prob: float = Field(default=1.0, ge=0, le=1)
+    """Probability that a training batch's patches are dropped at all; 1 is the paper. The decoder that captions a new image
+    sees all patches: where it never did in training, it leans on what the choice of patches tells of the caption."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each target that is spread over the vocabulary."""
 
@@ -40,13 +43,17 @@ class CaptioningObjective(Objective):
     def forward(self, model: SyCoCa, batch: Batch, features: Features) -> tuple[Tensor, Metrics]:
         assert model.text_decoder is not None
         memory_BMD = features.patch_BPD
-        if self.config.drop_share > 0:
+        if self._drops():
             memory_BMD = gather_patches(memory_BMD, self._kept(features))
         label_BL = next_token_labels(batch["token"], batch["length"])
         total = model.text_decoder(features.token_BLD, memory_BMD, label_BL, label_smoothing=self.config.label_smoothing)
         num_tokens = (label_BL >= 0).sum()
         loss = total * world_size() / sum_over_ranks(num_tokens)
         return loss, {"loss": loss.detach()}
+
+    def _drops(self) -> bool:
+        config = self.config
+        return config.drop_share > 0 and (not self.training or config.drop_prob == 1 or bool(torch.rand(()) < config.drop_prob))
 
     def mass(self, batch: Batch) -> Tensor:
         return (next_token_labels(batch["token"], batch["length"]) >= 0).sum().float()

@@ -72,6 +72,18 @@ def test_standard_deviations_are_the_rules():
         assert abs(parameter.detach().mean().item()) < 0.1 * std
 
 
+def test_a_new_vit_starts_by_the_rule_of_the_other_stacks():
+    options = vision_options(embed_dim=64, depth=3, num_heads=2)
+    model = SyCoCa(model_config(vision=options), vocab_size=VOCAB_SIZE, max_tokens=MAX_TOKENS, parts=ALL_PARTS)
+    block = model.vision.vit.blocks[2]
+    expected = [
+        (block.attn.qkv.weight, 64**-0.5), (block.mlp.fc1.weight, (2 * 64) ** -0.5),
+        (block.attn.proj.weight, (64 * 2 * 3) ** -0.5), (block.mlp.fc2.weight, (64 * 2 * 3) ** -0.5),
+    ]  # fmt: skip
+    for parameter, std in expected:
+        assert parameter.detach().std().item() == pytest.approx(std, rel=0.1)
+
+
 def test_the_same_seed_gives_the_same_weights():
     def build() -> dict[str, torch.Tensor]:
         torch.manual_seed(5)

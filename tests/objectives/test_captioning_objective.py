@@ -92,6 +92,18 @@ def test_dropped_patches_cannot_influence_the_loss():
 
 
 @torch.no_grad()
+def test_with_a_probability_some_batches_keep_all_patches_and_evaluation_drops_always():
+    model, batch, features = prepare()
+    whole, dropped = (float(CaptioningConfig(drop_share=s).build()(model, batch, features)[0]) for s in (0.0, 0.5))
+    objective = CaptioningConfig(drop_share=0.5, drop_prob=0.25).build()
+    torch.manual_seed(0)
+    found = [float(objective(model, batch, features)[0]) for _ in range(100)]
+    assert set(found) == {whole, dropped}
+    assert 15 <= found.count(dropped) <= 35
+    assert {float(objective.eval()(model, batch, features)[0]) for _ in range(20)} == {dropped}
+
+
+@torch.no_grad()
 def test_a_random_drop_needs_no_relevance_and_changes_from_call_to_call():
     model, batch, _ = prepare()
     objective = CaptioningConfig(drop_share=0.5, drop="random").build()
