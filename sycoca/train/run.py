@@ -21,11 +21,13 @@ from sycoca.train.average import WeightAverage, check_average
 from sycoca.train.checkpoint import Trainee, find_resume, load_checkpoint
 from sycoca.train.engine import build_accelerator, describe_engine, prepare
 from sycoca.train.flops import find_counter, peak_of
+from sycoca.train.grad_norms import GradNormHook, check_grad_norms
 from sycoca.train.hooks import AverageHook, CheckpointHook, EvaluateHook, LogHook, SampleHook, Speed
 from sycoca.train.loop import Hook, TrainState, train
 from sycoca.train.non_finite import NonFiniteHook
 from sycoca.train.optim import OptimConfig, build_optimizer
 from sycoca.train.phases import SAMPLES, SAVING, in_phase
+from sycoca.train.task import PretrainTask
 from sycoca.train.watchdog import Watchdog
 
 
@@ -111,6 +113,7 @@ def run_job(config: TrainConfig, job: Job, accelerator: Accelerator) -> dict[str
         compile_blocks(job.task)
     optimizer = build_optimizer(job.task, config.optim, job.layer_scales)
     check_average(config.optim, accelerator)
+    check_grad_norms(config.run.grad_norms_every, job.task, accelerator)
     prepared, prepared_optimizer = prepare(accelerator, job.task, optimizer)
     average = WeightAverage(job.task, config.optim.average_decay) if config.optim.average_decay else None
     trainee = Trainee(accelerator, prepared, prepared_optimizer, average)
@@ -195,6 +198,9 @@ def build_hooks(config: TrainConfig, job: Job, trainee: Trainee, state: TrainSta
     speed = Speed(find_counter(job.task), peak_of(trainee.accelerator.device, is_bf16=config.run.is_bf16))
     hooks: list[Hook] = [guard, LogHook(config.run.log_every, config.optim.num_steps, trackers, speed)]
     average, evaluation = trainee.average, None
+    if config.run.grad_norms_every:
+        assert isinstance(job.task, PretrainTask)
+        hooks.append(GradNormHook(config.run.grad_norms_every, job.task, trackers))
     if average is not None:
         hooks.insert(1, AverageHook(average))
     if job.evaluation is not None:
