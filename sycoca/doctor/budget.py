@@ -18,7 +18,7 @@ from sycoca.doctor.report import Check, grade, judge
 from sycoca.train.loop import StepReport, TrainState, to_device, train
 from sycoca.train.optim import build_optimizer
 from sycoca.train.pretrain import PretrainConfig
-from sycoca.train.task import PretrainTask, split_batch
+from sycoca.train.task import PretrainTask
 from sycoca.types import Batch
 
 NUM_STEPS = 4
@@ -62,13 +62,19 @@ def state_bytes(task: PretrainTask, config: PretrainConfig, launch: Launch) -> f
 
 
 def activation_bytes(task: PretrainTask, batch: Batch, config: PretrainConfig, device: torch.device) -> float:
-    """What autograd keeps of a forward pass over one batch (of one chunk where there are several), from a small part of it.
+    """What autograd keeps of a forward pass over one batch (of one chunk where there are several).
 
-    Measured as the tensors that are saved, each storage once and parameters not at all.
+    A line through two small parts of the batch: some of it (the vocabulary's gradient) does not grow with the pairs.
     """
-    num_chunks = config.optim.num_chunks
-    part = to_device(take_first(batch, TRIAL_PAIRS * num_chunks), device)
-    part = split_batch(part, num_chunks)[0]
+    most = len(take_first(batch, TRIAL_PAIRS)["key"])
+    sizes = (max(1, most // 2), most)
+    small, large = (saved_bytes(task, to_device(take_first(batch, size), device)) for size in sizes)
+    a_pair = (large - small) / (sizes[1] - sizes[0]) if sizes[1] > sizes[0] else large / most
+    return large + a_pair * (config.data.batch_size / config.optim.num_chunks - most)
+
+
+def saved_bytes(task: PretrainTask, batch: Batch) -> float:
+    """The tensors that a forward pass of the whole batch saves, each storage once and parameters not at all."""
     own = {parameter.untyped_storage().data_ptr() for parameter in task.parameters()}
     kept: dict[int, int] = {}
 
@@ -80,11 +86,10 @@ def activation_bytes(task: PretrainTask, batch: Batch, config: PretrainConfig, d
 
     was_chunked, task.num_chunks = task.num_chunks, 1
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = task(part)[0]  # alive until the end: a freed storage's address would be taken by another
+        loss = task(batch)[0]  # alive until the end: a freed storage's address would be taken by another
     task.num_chunks = was_chunked
     del loss
-    pairs = config.data.batch_size / num_chunks
-    return sum(kept.values()) * pairs / len(part["key"])
+    return float(sum(kept.values()))
 
 
 def take_first(batch: Batch, num: int) -> Batch:

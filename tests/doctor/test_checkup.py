@@ -277,7 +277,9 @@ def test_activations_grow_with_the_batch_and_shrink_with_chunks(data: Path):
         activation_bytes(task, batch, load(data, *overrides), torch.device("cpu"))
         for overrides in (["data.batch_size=8"], ["data.batch_size=32"], ["data.batch_size=8", "optim.num_chunks=2"])
     )
-    assert one > batch["image"].nbytes and four == 4 * one and chunked == pytest.approx(one / 2, rel=0.1)
+    assert one > batch["image"].nbytes
+    assert 3 * one < four < 4.1 * one
+    assert chunked == pytest.approx(one / 2, rel=0.2)
 
 
 def check_up(config: PretrainConfig) -> CheckUp:

@@ -69,7 +69,7 @@ def test_a_skipped_batch_leaves_finite_weights_and_is_counted_but_not_averaged(t
 
 def test_too_many_skipped_steps_in_a_row_stop_training(tmp_path: Path):
     run(tmp_path, [1, 3], on_non_finite="skip", max_skipped_in_a_row=1)
-    with pytest.raises(TrainingError, match="2 steps in a row were skipped, more than optim.max_skipped_in_a_row = 1"):
+    with pytest.raises(TrainingError, match="2 steps in a row were skipped, more than"):
         run(tmp_path, [2, 3], on_non_finite="skip", max_skipped_in_a_row=1)
 
 
