@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from sycoca.config import Config
@@ -29,6 +30,10 @@ class OptimConfig(Config):
     """Each layer learns at this share of the rate of the layer above it; for fine-tuning (0.65 in BEiT-3 and MAE, Base)."""
     head_lr_scale: float = 1.0
     """Factor of the rate of a head that starts from random weights."""
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """What follows a loss or gradient that is not finite: the run ends, or the batch is left out; it is written down."""
+    max_skipped_in_a_row: int = Field(default=10, ge=0)
+    """Skipped steps that may follow each other; one more stops the run."""
     average_decay: float = 0.0
     """Of a running average of the weights, which is then what is evaluated and saved (0.9999 is usual; 0: no average)."""
 

@@ -1,12 +1,14 @@
 """A run, whatever it trains: engine, resume, loop, hooks, checkpoints. Pretraining and every fine-tuning hand it a `Job`."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from pydantic import Field, model_validator
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -18,9 +20,15 @@ from sycoca.models.blocks import Block
 from sycoca.train.average import WeightAverage, check_average
 from sycoca.train.checkpoint import Trainee, find_resume, load_checkpoint
 from sycoca.train.engine import build_accelerator, describe_engine, prepare
-from sycoca.train.hooks import AverageHook, CheckpointHook, EvaluateHook, LogHook, SampleHook
+from sycoca.train.flops import find_counter, peak_of
+from sycoca.train.grad_norms import GradNormHook, check_grad_norms
+from sycoca.train.hooks import AverageHook, CheckpointHook, EvaluateHook, LogHook, SampleHook, Speed
 from sycoca.train.loop import Hook, TrainState, train
+from sycoca.train.non_finite import NonFiniteHook
 from sycoca.train.optim import OptimConfig, build_optimizer
+from sycoca.train.phases import SAMPLES, SAVING, in_phase
+from sycoca.train.task import PretrainTask
+from sycoca.train.watchdog import Watchdog
 
 
 class RunConfig(Config):
@@ -39,6 +47,18 @@ class RunConfig(Config):
     num_kept: int = 3
     tensorboard: bool = True
     wandb_project: str | None = None
+    stall_minutes: float = Field(default=10.0, ge=0)
+    """A rank that is in one phase (forward, evaluation, saving ...) for longer is reported with its stack; 0: never."""
+    stall_abort: float = Field(default=0.0, ge=0)
+    """Minutes in one phase that end the process with an error; 0 waits for ever. Above the longest evaluation."""
+    grad_norms_every: int = Field(default=0, ge=0)
+    """Logs the gradient's norm of each objective over the shared parameters, at the cost of a backward pass an objective."""
+
+    @model_validator(mode="after")
+    def _check_watchdog(self) -> "RunConfig":
+        if self.stall_abort and not 0 < self.stall_minutes <= self.stall_abort:
+            raise ValueError("stall_abort: the watchdog reports first; set stall_minutes above 0 and not above stall_abort")
+        return self
 
     @property
     def is_bf16(self) -> bool:
@@ -93,23 +113,34 @@ def run_job(config: TrainConfig, job: Job, accelerator: Accelerator) -> dict[str
         compile_blocks(job.task)
     optimizer = build_optimizer(job.task, config.optim, job.layer_scales)
     check_average(config.optim, accelerator)
+    check_grad_norms(config.run.grad_norms_every, job.task, accelerator)
     prepared, prepared_optimizer = prepare(accelerator, job.task, optimizer)
     average = WeightAverage(job.task, config.optim.average_decay) if config.optim.average_decay else None
     trainee = Trainee(accelerator, prepared, prepared_optimizer, average)
     trackers = open_trackers(config) if accelerator.is_main_process else []
     set_seed(config.run.seed + 1 + rank())  # other dropout and random masks on every rank
     state = TrainState()
-    resume(config, trainee, state)
-    hooks = build_hooks(config, job, trainee, state, trackers)
-    train(
-        trainee.task, follow(job.load_batches(state.positions), state), trainee.optimizer, accelerator=accelerator,
-        plan=config.optim, state=state, hooks=hooks,
-    )  # fmt: skip
+    with watch(config.run, state):
+        resume(config, trainee, state)
+        hooks = build_hooks(config, job, trainee, state, trackers)
+        train(
+            trainee.task, follow(job.load_batches(state.positions), state), trainee.optimizer, accelerator=accelerator,
+            plan=config.optim, state=state, hooks=hooks,
+        )  # fmt: skip
     for tracker in trackers:
         tracker.close()
     accelerator.end_training()
     figures = next((hook.figures for hook in hooks if isinstance(hook, EvaluateHook)), {})
     return {"checkpoint": str(checkpoints(config) / "last"), "step": state.step, **figures}
+
+
+def watch(config: RunConfig, state: TrainState) -> AbstractContextManager[Any]:
+    """The watchdog over this rank, or nothing where it is switched off."""
+    if config.stall_minutes == 0:
+        return nullcontext()
+    stall, abort = 60 * config.stall_minutes, 60 * config.stall_abort
+    folder = Path(config.folder) / "state"
+    return Watchdog(state.clock, folder, rank=rank(), world_size=world_size(), stall_seconds=stall, abort_seconds=abort)
 
 
 def compile_blocks(task: nn.Module) -> None:
@@ -162,26 +193,30 @@ def follow(loader: Iterable[Any], state: TrainState) -> Iterator[Any]:
 
 
 def build_hooks(config: TrainConfig, job: Job, trainee: Trainee, state: TrainState, trackers: list[Tracker]) -> list[Hook]:
-    """Average, log, evaluate, sample, save: in this order."""
-    hooks: list[Hook] = [LogHook(config.run.log_every, config.optim.num_steps, trackers)]
+    """Refuse what is not finite, average, log, evaluate, sample, save: in this order."""
+    guard = NonFiniteHook(config.optim, Path(config.run.folder) / "bad_batches")
+    speed = Speed(find_counter(job.task), peak_of(trainee.accelerator.device, is_bf16=config.run.is_bf16))
+    hooks: list[Hook] = [guard, LogHook(config.run.log_every, config.optim.num_steps, trackers, speed)]
     average, evaluation = trainee.average, None
+    if config.run.grad_norms_every:
+        assert isinstance(job.task, PretrainTask)
+        hooks.append(GradNormHook(config.run.grad_norms_every, job.task, trackers))
     if average is not None:
-        hooks.insert(0, AverageHook(average))
+        hooks.insert(1, AverageHook(average))
     if job.evaluation is not None:
         measure = job.evaluation.measure if average is None else average.use_in(job.evaluation.measure)
         evaluation = EvaluateHook(job.evaluation.every, measure, job.evaluation.choose_by, state, trackers)
         hooks.append(evaluation)
     if job.write_samples is not None:
-        hooks.append(SampleHook(config.run.sample_every, job.write_samples))
+        hooks.append(in_phase(state.clock, SAMPLES, SampleHook(config.run.sample_every, job.write_samples)))
 
     def describe(folder: Path) -> None:
         job.describe(folder)
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
 
-    hooks.append(
-        CheckpointHook(
-            config.run.checkpoint_every, config.run.num_kept, checkpoints(config), trainee, state, describe=describe,
-            evaluation=evaluation,
-        )
+    saving = CheckpointHook(
+        config.run.checkpoint_every, config.run.num_kept, checkpoints(config), trainee, state, describe=describe,
+        evaluation=evaluation,
     )  # fmt: skip
+    hooks.append(in_phase(state.clock, SAVING, saving))
     return hooks
