@@ -1,8 +1,8 @@
 """Floating point operations of a training step, counted from the model's sizes, and how fast the device could be.
 
 A multiplication and an addition are two operations. Only matrix products are counted, as torch.utils.flop_counter does:
-attention whole, causal or not, and padding as what is computed. Training is three times the forward pass (PaLM,
-arXiv:2204.02311, appendix B): what is recomputed to save memory is not counted.
+attention whole, causal or not, over padded texts; all else of a text on its packed rows. Training is three times the forward
+pass (PaLM, arXiv:2204.02311, appendix B): what is recomputed to save memory is not counted.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from torch import nn
 
 from sycoca.distributed import world_size
 from sycoca.models.masking import num_selected
+from sycoca.models.packing import num_packed
 from sycoca.models.sycoca import SyCoCa
 from sycoca.models.vision import VisionEncoder
 from sycoca.objectives.base import Objective
@@ -57,27 +58,30 @@ def find_counter(task: nn.Module) -> Callable[[Batch], float] | None:
 def forward_flops(task: PretrainTask, batch: Batch) -> float:
     """Of the whole task on this rank: one encoding, relevance, and every objective."""
     model, num_pairs, num_tokens = task.model, batch["image"].shape[0], batch["token"].shape[1]
-    num_targets = int(batch["length"].sum()) - num_pairs
-    total = num_pairs * encode_flops(model, num_tokens)
+    num_real = int(batch["length"].sum())
+    num_targets = num_real - num_pairs
+    total = num_pairs * encode_flops(model)
+    if model.text is not None:
+        num_more = int(model.text.summary_D is not None)
+        total += text_flops(model.text.stack, num_real + num_more * num_pairs, num_pairs, num_tokens + num_more)
     if task.needs_relevance:
         total += num_pairs * relevance_flops(task, num_tokens)
     for member in task.members().values():
         total += num_pairs * objective_flops(model, member, num_tokens)
         if isinstance(member, CaptioningObjective):
             assert model.text_decoder is not None
+            num_seen = num_patches_seen(model, member)
+            total += text_flops(model.text_decoder.stack, num_targets, num_pairs, num_tokens, num_seen)
             total += linear_flops(num_targets, *model.text_decoder.vocabulary.weight.shape)
         if isinstance(member, ContrastiveObjective):
             total += 2 * linear_flops(num_pairs, num_pairs * world_size(), model.config.embed_width)
     return total
 
 
-def encode_flops(model: SyCoCa, num_tokens: int) -> float:
-    """One pair: both towers, and what projects them into the shared space."""
+def encode_flops(model: SyCoCa) -> float:
+    """One pair, but for the text encoder: the image encoder, and what projects both into the shared space."""
     vision = model.vision
     total = vision_flops(vision, vision.num_patches)
-    if model.text is not None:
-        num_states = num_tokens + (model.text.summary_D is not None)
-        total += stack_flops(model.text.stack, num_states)
     if model.image_projection is not None:
         num_projected = vision.num_patches if model.config.pool == "max" else 1
         total += linear_flops(num_projected, vision.width, model.config.embed_width)
@@ -111,17 +115,14 @@ def relevance_flops(task: PretrainTask, num_tokens: int) -> float:
 
 
 def objective_flops(model: SyCoCa, objective: Objective, num_tokens: int) -> float:
-    """One pair, beyond its encoding; vocabulary and similarities, which depend on the whole batch, are left out."""
-    num_patches = model.vision.num_patches
-    match objective:
-        case CaptioningObjective():
-            assert model.text_decoder is not None
-            num_seen = num_patches - num_selected(num_patches, objective.config.drop_share)
-            return stack_flops(model.text_decoder.stack, num_tokens, num_seen)
-        case MaskedImageObjective():
-            return masked_image_flops(model, objective, num_tokens)
-        case _:
-            return 0.0
+    """One pair, beyond its encoding; captioning and similarities, which depend on the whole batch, are left out."""
+    return masked_image_flops(model, objective, num_tokens) if isinstance(objective, MaskedImageObjective) else 0.0
+
+
+def num_patches_seen(model: SyCoCa, objective: CaptioningObjective) -> float:
+    """By the text decoder, on average over batches."""
+    num_patches, config = model.vision.num_patches, objective.config
+    return num_patches - config.drop_prob * num_selected(num_patches, config.drop_share)
 
 
 def masked_image_flops(model: SyCoCa, objective: MaskedImageObjective, num_tokens: int) -> float:
@@ -139,21 +140,27 @@ def masked_image_flops(model: SyCoCa, objective: MaskedImageObjective, num_token
     return total + stack_flops(decoder.stack, num_masked, num_memory)
 
 
-def stack_flops(stack: Any, num_states: int, num_memory: int = 0) -> float:
-    """One sequence through a stack of our blocks, with cross-attention where they have it."""
+def text_flops(stack: Any, num_real: int, num_pairs: int, num_places: int, num_memory: float = 0) -> float:
+    """A padded batch of texts, packed, through a stack of our blocks; every text has a memory of its own."""
+    share = num_packed(num_real, num_pairs * num_places) / (num_pairs * num_places)
+    return num_pairs * stack_flops(stack, num_places, num_memory, share=share)
+
+
+def stack_flops(stack: Any, num_states: int, num_memory: float = 0, *, share: float = 1.0) -> float:
+    """One sequence through a stack of our blocks, with cross-attention where they have it; `share` of it is packed."""
     total = 0.0
     for block in stack.blocks:
         width = block.self_attention.out.in_features
-        total += num_states * (linears_flops(block.self_attention) + linears_flops(block.mlp))
+        total += share * num_states * (linears_flops(block.self_attention) + linears_flops(block.mlp))
         total += attention_flops(num_states, num_states, width)
         if block.has_memory:
-            total += cross_attention_flops(block.cross_attention, num_states, num_memory)
+            total += cross_attention_flops(block.cross_attention, num_states, num_memory, share=share)
     return total
 
 
-def cross_attention_flops(attention: Any, num_states: int, num_memory: int) -> float:
+def cross_attention_flops(attention: Any, num_states: int, num_memory: float, *, share: float = 1.0) -> float:
     """Queries from the states, keys and values from the memory."""
-    total = num_states * (linears_flops(attention.query) + linears_flops(attention.out))
+    total = share * num_states * (linears_flops(attention.query) + linears_flops(attention.out))
     total += num_memory * linears_flops(attention.key_value)
     return total + attention_flops(num_states, num_memory, attention.out.in_features)
 
@@ -168,7 +175,7 @@ def linear_flops(num_rows: int, num_in: int, num_out: int) -> float:
     return 2.0 * num_rows * num_in * num_out
 
 
-def attention_flops(num_queries: int, num_keys: int, width: int) -> float:
+def attention_flops(num_queries: int, num_keys: float, width: int) -> float:
     """Scores and their weighted sum, all heads together."""
     return 4.0 * num_queries * num_keys * width
 

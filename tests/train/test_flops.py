@@ -5,6 +5,7 @@ import torch
 from builders import ABLATION_ROWS, ITC, build_batch, build_task, vision_options
 from torch.utils.flop_counter import FlopCounterMode
 
+import sycoca.models.packing as packing
 import sycoca.models.vocabulary as vocabulary
 from sycoca.models.masking import RelevanceConfig
 from sycoca.objectives.masked_image import MaskedImageConfig
@@ -24,11 +25,13 @@ def counted_by_torch(task: PretrainTask, batch) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.parametrize("num_rounded", [1, 64], ids=["packed", "padded"])
 @pytest.mark.parametrize("row", ROWS)
-def test_the_forward_pass_costs_what_torch_counts(row: str, monkeypatch: pytest.MonkeyPatch):
+def test_the_forward_pass_costs_what_torch_counts(row: str, num_rounded: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(vocabulary, "ROUND_ROWS_TO", 1)  # the rows that round it up are no work of the model's
+    monkeypatch.setattr(packing, "ROUND_ROWS_TO", num_rounded)
     task, batch = build_task(ROWS[row]), build_batch()
-    assert forward_flops(task, batch) == counted_by_torch(task, batch)
+    assert forward_flops(task, batch) == pytest.approx(counted_by_torch(task, batch), rel=1e-12)
 
 
 OTHERS = [{"pool": "mean"}, {"pool": "attention"}, {"pool": "cls"}, {"vision": vision_options(depth=3)}]
