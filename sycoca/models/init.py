@@ -4,7 +4,7 @@ import torch
 from timm.models.vision_transformer import LayerScale, VisionTransformer
 from torch import Tensor, nn
 
-from sycoca.models.blocks import Block, Stack
+from sycoca.models.blocks import PreNormBlock, Stack
 from sycoca.models.image_decoder import ImageDecoder
 from sycoca.models.pooling import AttentionPool
 from sycoca.models.text import TextEncoder
@@ -101,7 +101,7 @@ def _scale_by_depth(stack: Stack) -> None:
     """CLIP's rule for a pre-norm stack: what is added to the residual stream shrinks with the number of layers."""
     num_layers = max(len(stack.blocks), 1)
     for block in stack.blocks:
-        assert isinstance(block, Block)
+        assert isinstance(block, PreNormBlock)
         width = block.mlp.fc.in_features
         nn.init.normal_(block.self_attention.qkv.weight, std=width**-0.5)
         nn.init.normal_(block.mlp.fc.weight, std=(2 * width) ** -0.5)

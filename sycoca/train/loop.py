@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from sycoca.train.engine import clip_gradients
 from sycoca.train.optim import OptimConfig, set_lr
 from sycoca.types import Batch, Metrics
 
@@ -63,12 +64,12 @@ def train(
         set_lr(optimizer, lr)  # before backward: DeepSpeed steps inside it
         loss, metrics = task(batch)
         accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(task.parameters(), plan.clip_norm)
+        norm = clip_gradients(accelerator, task, plan.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         state.step += 1
         if norm is not None:
-            metrics["grad_norm"] = torch.as_tensor(norm).detach()
+            metrics["grad_norm"] = norm
         report = StepReport(state.step, batch, metrics, lr, ready - started, is_last=state.step >= plan.num_steps)
         for hook in hooks:
             hook(report)
