@@ -1,4 +1,4 @@
-"""What one rank of test_engine_gradients.py does: one batch's gradients under every engine, with dropout and attentive masks."""
+"""What one rank of test_engine_gradients.py does: gradients under every engine, with dropout and attentive masks."""
 
 import os
 from pathlib import Path
