@@ -3,11 +3,15 @@
 Every function that takes part in a collective must be called by all ranks, in the same order.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_distributed() -> bool:
@@ -99,3 +103,43 @@ def gather_uneven_rows(rows_NE: Tensor) -> Tensor:
     gathered = [torch.empty_like(padded_NE) for _ in counts]
     dist.all_gather(gathered, padded_NE)
     return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor itself; one that FSDP2 splits, put together: every rank must call it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def split_like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor itself; where `like` is split over ranks, this rank's share of it. No communication."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def whole_on_rank_0(tree: Any) -> Any:
+    """Nested dictionaries with every split tensor put together, on the CPU of rank 0; other ranks keep nothing of those."""
+    if isinstance(tree, dict):
+        return {key: whole_on_rank_0(value) for key, value in tree.items()}
+    if not isinstance(tree, DTensor):
+        return tree
+    value = tree.full_tensor()
+    return value.cpu() if rank() == 0 else None
+
+
+@contextmanager
+def unsharded(module: nn.Module, *, reshards: bool) -> Iterator[None]:
+    """Every rank holds all weights that FSDP2 splits, and calls of the module's parts need no other rank meanwhile.
+
+    reshards: whether the parts below the root give their weights up after every call otherwise. Every rank must call it.
+    """
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(reshards and part is not module, recurse=False)

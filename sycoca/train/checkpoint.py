@@ -24,19 +24,20 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sycoca.distributed import barrier, rank, world_size
+from sycoca.distributed import barrier, rank, whole_on_rank_0, world_size
 from sycoca.log import logger
 from sycoca.pretrained import load_weights
 from sycoca.train.average import WeightAverage
 from sycoca.train.engine import name_engine
 from sycoca.train.loop import TrainState
+from sycoca.train.optim import load_optimizer_state
 from sycoca.types import CheckpointError
 
 FORMAT = 1
 NEWEST = "newest.safetensors"
 """The weights as the last step left them, where the model's are an average."""
-PLAIN_ENGINES = {"plain", "DDP"}
-"""They keep one whole optimiser state; each ZeRO stage keeps shares of its own kind."""
+PLAIN_ENGINES = {"plain", "DDP", "FSDP2"}
+"""They keep one whole optimiser state (put together from FSDP2's shares); each ZeRO stage keeps shares of its own kind."""
 
 
 @dataclass
@@ -89,7 +90,7 @@ def save_checkpoint(folder: Path, trainee: Trainee, state: TrainState, *, descri
 def load_checkpoint(path: Path, trainee: Trainee, state: TrainState) -> None:
     """Continue as if never interrupted: weights, optimiser, random state, data position, step.
 
-    Plain PyTorch and DDP may go on from one another with any number of processes; the data then starts from the beginning.
+    Plain PyTorch, DDP and FSDP2 may go on from one another with any number of processes; the data then starts anew.
     Raises CheckpointError where a ZeRO stage does not find its own state for as many processes.
     """
     meta = read_meta(path)
@@ -101,7 +102,7 @@ def load_checkpoint(path: Path, trainee: Trainee, state: TrainState) -> None:
         newest = path / "state" / NEWEST if meta["num_averaged"] else path / "model.safetensors"
         load_weights(task, load_file(newest), source=str(path))
         optimizer_state = torch.load(path / "state" / "optimizer.pt", weights_only=True, map_location="cpu")
-        trainee.optimizer.load_state_dict(optimizer_state)
+        load_optimizer_state(trainee.optimizer, optimizer_state)
     if trainee.average is not None:
         if not meta["num_averaged"]:
             raise CheckpointError(f"{path} holds no running average of the weights; set optim.average_decay=0 as it was then")
@@ -170,8 +171,10 @@ def remove_old(folder: Path, num_kept: int) -> None:
 def _save_resume_state(folder: Path, trainee: Trainee, state: TrainState) -> None:
     if trainee.is_deepspeed:
         trainee.task.save_checkpoint(str(folder / "deepspeed"))  # pyright: ignore[reportCallIssue]
-    elif trainee.accelerator.is_main_process:
-        torch.save(trainee.optimizer.state_dict(), folder / "optimizer.pt")
+    else:
+        optimizer_state = whole_on_rank_0(trainee.optimizer.state_dict())
+        if trainee.accelerator.is_main_process:
+            torch.save(optimizer_state, folder / "optimizer.pt")
     (folder / f"rank_{rank()}.json").write_text(json.dumps(state.positions), encoding="utf-8")
     torch.save(_random_state(), folder / f"random_{rank()}.pt")
 

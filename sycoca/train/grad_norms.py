@@ -33,9 +33,10 @@ def check_grad_norms(every: int, task: nn.Module, accelerator: Accelerator) -> N
         return
     if type(task) is not PretrainTask or len(task.members()) < 2:
         raise ConfigError("run.grad_norms_every: there are not several objectives to compare here; set it to 0")
-    if name_engine(accelerator) == "ZeRO-3":
+    engine = name_engine(accelerator)
+    if engine.startswith(("ZeRO-3", "FSDP2")):
         raise ConfigError(
-            "run.grad_norms_every: ZeRO-3 keeps no whole weights on a rank, so the gradient of one objective cannot be taken "
+            f"run.grad_norms_every: {engine} has no whole weights on a rank, so the gradient of one objective cannot be taken "
             "beside the engine's; launch ZeRO-1, ZeRO-2 or DDP, or set it to 0"
         )
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from sycoca.distributed import any_rank
+from sycoca.train.engine import clip_gradients
 from sycoca.train.optim import OptimConfig, set_lr
 from sycoca.train.phases import BACKWARD, FORWARD, LOGGING, STEP, WAITING, PhaseClock
 from sycoca.types import Batch, Metrics
@@ -106,10 +107,10 @@ def take_step(
         return TakenStep(metrics, is_finite=False, is_taken=False)
     clock.enter(BACKWARD)
     accelerator.backward(loss)
-    norm = accelerator.clip_grad_norm_(task.parameters(), plan.clip_norm)
+    norm = clip_gradients(accelerator, task, plan.clip_norm)
     clock.enter(STEP)
     if norm is not None:
-        metrics["grad_norm"] = torch.as_tensor(norm, device=loss.device).detach()
+        metrics["grad_norm"] = norm.to(loss.device)
     is_finite = not is_bad(loss.detach() + metrics.get("grad_norm", 0.0))
     if is_finite or steps_in_backward:
         optimizer.step()

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from sycoca.config import Config
+from sycoca.distributed import split_like
 from sycoca.models.vocabulary import Vocabulary
 from sycoca.objectives.base import Objective
 
@@ -93,3 +94,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every parameter group this learning rate, times the group's own factor if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take a whole state, as one process saves it; where FSDP2 splits a parameter, this rank's share of what goes with it."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, values in state["state"].items():
+        like = parameters[number]
+        shaped = {name: split_like(value, like) for name, value in values.items() if value.shape == like.shape}
+        state["state"][number] = {**values, **shaped}
+    optimizer.load_state_dict(state)

@@ -9,17 +9,15 @@ from typing import Any, Literal
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from pydantic import Field, model_validator
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from sycoca.config import Config, dump_config
 from sycoca.data.position import PositionTracker
 from sycoca.distributed import rank, world_size
 from sycoca.log import JsonlTracker, TensorBoardTracker, Tracker, WandbTracker, logger, set_up_console
-from sycoca.models.blocks import Block
 from sycoca.train.average import WeightAverage, check_average
 from sycoca.train.checkpoint import Trainee, find_resume, load_checkpoint
-from sycoca.train.engine import build_accelerator, describe_engine, prepare
+from sycoca.train.engine import build_accelerator, describe_engine, prepare, transformer_blocks, with_whole_weights
 from sycoca.train.flops import find_counter, peak_of
 from sycoca.train.grad_norms import GradNormHook, check_grad_norms
 from sycoca.train.hooks import AverageHook, CheckpointHook, EvaluateHook, LogHook, SampleHook, Speed
@@ -145,12 +143,8 @@ def watch(config: RunConfig, state: TrainState) -> AbstractContextManager[Any]:
 
 def compile_blocks(task: nn.Module) -> None:
     """torch.compile of every transformer block, each by itself: blocks of a tower are alike and are compiled once."""
-    for module in task.modules():
-        if isinstance(module, Block):
-            module.compile()
-        elif isinstance(module, VisionTransformer):
-            for block in module.blocks:
-                block.compile()
+    for block in transformer_blocks(task):
+        block.compile()
 
 
 def checkpoints(config: TrainConfig) -> Path:
@@ -204,11 +198,13 @@ def build_hooks(config: TrainConfig, job: Job, trainee: Trainee, state: TrainSta
     if average is not None:
         hooks.insert(1, AverageHook(average))
     if job.evaluation is not None:
-        measure = job.evaluation.measure if average is None else average.use_in(job.evaluation.measure)
+        measure = with_whole_weights(trainee.accelerator, trainee.task, job.evaluation.measure)
+        measure = measure if average is None else average.use_in(measure)
         evaluation = EvaluateHook(job.evaluation.every, measure, job.evaluation.choose_by, state, trackers)
         hooks.append(evaluation)
     if job.write_samples is not None:
-        hooks.append(in_phase(state.clock, SAMPLES, SampleHook(config.run.sample_every, job.write_samples)))
+        write_samples = with_whole_weights(trainee.accelerator, trainee.task, job.write_samples)
+        hooks.append(in_phase(state.clock, SAMPLES, SampleHook(config.run.sample_every, write_samples)))
 
     def describe(folder: Path) -> None:
         job.describe(folder)
