@@ -5,6 +5,7 @@ Every function that takes part in a collective must be called by all ranks, in t
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -127,19 +128,36 @@ def whole_on_rank_0(tree: Any) -> Any:
     return value.cpu() if rank() == 0 else None
 
 
-@contextmanager
-def unsharded(module: nn.Module, *, reshards: bool) -> Iterator[None]:
-    """Every rank holds all weights that FSDP2 splits, and calls of the module's parts need no other rank meanwhile.
+def is_whole(module: nn.Module) -> bool:
+    """Whether this rank holds all of a module's weights; under ZeRO-3 and FSDP2 it does not."""
+    parameters = list(module.parameters())
+    return not any(isinstance(parameter, DTensor) or parameter.numel() == 0 for parameter in parameters)  # ZeRO-3 empties them
 
-    reshards: whether the parts below the root give their weights up after every call otherwise. Every rank must call it.
+
+@torch.no_grad()
+def copy_whole(module: nn.Module, into: nn.Module) -> None:
+    """Copy a split module's weights and buffers, put together, into one of the same shape. Every rank must call it."""
+    pairs = list(zip(chain(into.parameters(), into.buffers()), chain(module.parameters(), module.buffers()), strict=True))
+    if any(isinstance(shared, DTensor) for _, shared in pairs):
+        for own, shared in pairs:
+            own.copy_(whole(shared))
+        return
+    from deepspeed.runtime.zero import GatheredParameters  # slow to import, and other runs do without
+
+    for own, shared in pairs:
+        with GatheredParameters([shared]):
+            own.copy_(shared)
+
+
+@contextmanager
+def root_gathered(module: nn.Module) -> Iterator[None]:
+    """Meanwhile every rank holds the weights that FSDP2 splits outside of blocks, so that parts can be called by themselves.
+
+    Blocks gather their own at every call: all ranks must make the same calls in the same order.
     """
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
+    assert isinstance(module, FSDPModule), "the root of FSDP2"
+    module.unshard()
     try:
         yield
     finally:
-        for part in parts:
-            part.reshard()
-            part.set_reshard_after_forward(reshards and part is not module, recurse=False)
+        module.reshard()

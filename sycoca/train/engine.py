@@ -16,7 +16,7 @@ from accelerate.utils import (
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from sycoca.distributed import unsharded, whole
+from sycoca.distributed import root_gathered, whole
 from sycoca.models.blocks import PreNormBlock
 from sycoca.train.launch_check import check_launch, is_asked
 from sycoca.types import ConfigError
@@ -83,13 +83,16 @@ def clip_gradients(accelerator: Accelerator, task: nn.Module, clip_norm: float) 
     return None if norm is None else whole(torch.as_tensor(norm)).detach()
 
 
-def with_whole_weights(accelerator: Accelerator, task: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, run while every rank holds all weights; only FSDP2 needs it. Every rank must call it."""
+def callable_in_parts(accelerator: Accelerator, task: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, which calls parts of the task and not its forward; FSDP2 must have gathered for those.
+
+    All ranks must make the same calls in the same order.
+    """
     if not accelerator.is_fsdp2:
         return function
 
     def run(*args: Any) -> Any:
-        with unsharded(task, reshards=accelerator.state.fsdp_plugin.reshard_after_forward):
+        with root_gathered(task):
             return function(*args)
 
     return run

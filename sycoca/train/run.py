@@ -17,7 +17,7 @@ from sycoca.distributed import rank, world_size
 from sycoca.log import JsonlTracker, TensorBoardTracker, Tracker, WandbTracker, logger, set_up_console
 from sycoca.train.average import WeightAverage, check_average
 from sycoca.train.checkpoint import Trainee, find_resume, load_checkpoint
-from sycoca.train.engine import build_accelerator, describe_engine, prepare, transformer_blocks, with_whole_weights
+from sycoca.train.engine import build_accelerator, callable_in_parts, describe_engine, prepare, transformer_blocks
 from sycoca.train.flops import find_counter, peak_of
 from sycoca.train.grad_norms import GradNormHook, check_grad_norms
 from sycoca.train.hooks import AverageHook, CheckpointHook, EvaluateHook, LogHook, SampleHook, Speed
@@ -198,12 +198,11 @@ def build_hooks(config: TrainConfig, job: Job, trainee: Trainee, state: TrainSta
     if average is not None:
         hooks.insert(1, AverageHook(average))
     if job.evaluation is not None:
-        measure = with_whole_weights(trainee.accelerator, trainee.task, job.evaluation.measure)
-        measure = measure if average is None else average.use_in(measure)
+        measure = job.evaluation.measure if average is None else average.use_in(job.evaluation.measure)
         evaluation = EvaluateHook(job.evaluation.every, measure, job.evaluation.choose_by, state, trackers)
         hooks.append(evaluation)
     if job.write_samples is not None:
-        write_samples = with_whole_weights(trainee.accelerator, trainee.task, job.write_samples)
+        write_samples = callable_in_parts(trainee.accelerator, trainee.task, job.write_samples)
         hooks.append(in_phase(state.clock, SAMPLES, SampleHook(config.run.sample_every, write_samples)))
 
     def describe(folder: Path) -> None:
