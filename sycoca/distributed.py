@@ -3,7 +3,7 @@
 Every function that takes part in a collective must be called by all ranks, in the same order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -89,6 +89,31 @@ def gather_objects(item: Any) -> list[Any]:
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on any rank."""
     return bool(sum_over_ranks(torch.tensor(int(flag), device=device)).item())
+
+
+class FlagExchange:
+    """Flags that all ranks learn of together: `receive` says of each whether any rank had raised it at the last `send`.
+
+    Nobody waits: the sum over ranks runs while the next step is under way. Every rank must call both in turn.
+    """
+
+    def __init__(self, num_flags: int, device: torch.device):
+        self._device = device
+        self._counts = torch.zeros(num_flags)
+        self._is_there: torch.cuda.Event | None = None
+
+    def send(self, flags: Sequence[bool]) -> None:
+        """Tell the other ranks."""
+        counts = sum_over_ranks(torch.tensor([float(flag) for flag in flags], device=self._device))
+        self._counts = counts.to("cpu", non_blocking=True)
+        if self._device.type == "cuda":
+            self._is_there = torch.cuda.current_stream(self._device).record_event()
+
+    def receive(self) -> list[bool]:
+        """What was sent last; nothing was raised before the first time."""
+        if self._is_there is not None:
+            self._is_there.synchronize()
+        return [count > 0 for count in self._counts.tolist()]
 
 
 def gather_uneven_rows(rows_NE: Tensor) -> Tensor:

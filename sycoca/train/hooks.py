@@ -1,12 +1,10 @@
-"""What happens around the steps: the log, evaluation, samples, checkpoints. Each is called after every step on every rank."""
+"""What happens around the steps: the log, evaluation, samples. Each is called after every step on every rank."""
 
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -16,7 +14,6 @@ from sycoca.data.position import DropCounter
 from sycoca.distributed import gather_objects, mean_over_ranks, world_size
 from sycoca.log import Tracker, logger
 from sycoca.train.average import WeightAverage
-from sycoca.train.checkpoint import Trainee, point, remove_old, save_checkpoint
 from sycoca.train.loop import StepReport, TrainState
 from sycoca.train.phases import EVALUATION
 from sycoca.types import Batch
@@ -172,28 +169,3 @@ class SampleHook:
     def __call__(self, report: StepReport) -> None:
         if is_due(report, self.every):
             self.write(report.step)
-
-
-@dataclass
-class CheckpointHook:
-    """Saves every so many steps, at the end, and whenever the evaluation before it was the best."""
-
-    every: int
-    num_kept: int
-    folder: Path
-    trainee: Trainee
-    state: TrainState
-    describe: Callable[[Path], Any]
-    evaluation: EvaluateHook | None
-
-    def __call__(self, report: StepReport) -> None:
-        is_best = self.evaluation is not None and self.evaluation.is_best
-        if not (is_due(report, self.every) or is_best):
-            return
-        figures = self.evaluation.figures if self.evaluation is not None else {}
-        path = save_checkpoint(self.folder, self.trainee, self.state, describe=self.describe, metrics=figures)
-        if self.trainee.accelerator.is_main_process:
-            if is_best:
-                point(self.folder / "best", path)
-            remove_old(self.folder, self.num_kept)
-        logger.info("checkpoint %s%s", path, " (best so far)" if is_best else "")

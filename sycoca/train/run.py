@@ -1,7 +1,7 @@
 """A run, whatever it trains: engine, resume, loop, hooks, checkpoints. Pretraining and every fine-tuning hand it a `Job`."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,16 +16,22 @@ from sycoca.data.position import PositionTracker
 from sycoca.distributed import rank, world_size
 from sycoca.log import JsonlTracker, TensorBoardTracker, Tracker, WandbTracker, logger, set_up_console
 from sycoca.train.average import WeightAverage, check_average
-from sycoca.train.checkpoint import Trainee, find_resume, load_checkpoint
+from sycoca.train.checkpoint import load_checkpoint
+from sycoca.train.checkpoint_hook import CheckpointHook, SavePlan
 from sycoca.train.engine import build_accelerator, callable_in_parts, describe_engine, prepare, transformer_blocks
 from sycoca.train.flops import find_counter, peak_of
 from sycoca.train.grad_norms import GradNormHook, check_grad_norms
-from sycoca.train.hooks import AverageHook, CheckpointHook, EvaluateHook, LogHook, SampleHook, Speed
+from sycoca.train.hooks import AverageHook, EvaluateHook, LogHook, SampleHook, Speed
 from sycoca.train.loop import Hook, TrainState, train
+from sycoca.train.mirror import Mirror
 from sycoca.train.non_finite import NonFiniteHook
 from sycoca.train.optim import OptimConfig, build_optimizer
 from sycoca.train.phases import SAMPLES, SAVING, in_phase
+from sycoca.train.resume import find_resume
+from sycoca.train.saving import Saver
+from sycoca.train.stop import StopSignals
 from sycoca.train.task import PretrainTask
+from sycoca.train.trainee import Trainee
 from sycoca.train.watchdog import Watchdog
 
 
@@ -38,11 +44,18 @@ class RunConfig(Config):
     compile: bool = False
     """torch.compile of every transformer block."""
     resume: str = "auto"
-    """`auto` continues from this folder's last checkpoint, `none` starts anew, otherwise a checkpoint's path."""
+    """`auto` continues from this folder's last checkpoint, else the mirror's; `none` starts anew; otherwise a checkpoint's path
+    or URL."""
     log_every: int = 20
     sample_every: int = 0
     checkpoint_every: int = 1000
+    checkpoint_minutes: float = Field(default=0, ge=0)
+    """Save also where the last checkpoint is this old; 0 is never."""
+    background_save: bool = True
+    """Training goes on while a checkpoint, copied to CPU memory, is written."""
     num_kept: int = 3
+    mirror: str | None = None
+    """A URL that fsspec knows (s3://bucket/run, file:///shared/run): every checkpoint is also sent there."""
     tensorboard: bool = True
     wandb_project: str | None = None
     stall_minutes: float = Field(default=10.0, ge=0)
@@ -118,15 +131,18 @@ def run_job(config: TrainConfig, job: Job, accelerator: Accelerator) -> dict[str
     trackers = open_trackers(config) if accelerator.is_main_process else []
     set_seed(config.run.seed + 1 + rank())  # other dropout and random masks on every rank
     state = TrainState()
-    with watch(config.run, state):
-        resume(config, trainee, state)
+    mirror = Mirror(config.run.mirror) if config.run.mirror is not None else None
+    with StopSignals() as signals, watch(config.run, state), ExitStack() as at_the_end:
+        for tracker in trackers:
+            at_the_end.callback(tracker.close)
+        resume(config, trainee, state, mirror=mirror)
         hooks = build_hooks(config, job, trainee, state, trackers)
+        saving = build_checkpoint_hook(config, job, trainee, state, hooks=hooks, signals=signals, mirror=mirror)
+        hooks.append(in_phase(state.clock, SAVING, saving))
         train(
             trainee.task, follow(job.load_batches(state.positions), state), trainee.optimizer, accelerator=accelerator,
             plan=config.optim, state=state, hooks=hooks,
         )  # fmt: skip
-    for tracker in trackers:
-        tracker.close()
     accelerator.end_training()
     figures = next((hook.figures for hook in hooks if isinstance(hook, EvaluateHook)), {})
     return {"checkpoint": str(checkpoints(config) / "last"), "step": state.step, **figures}
@@ -166,9 +182,9 @@ def open_trackers(config: TrainConfig) -> list[Tracker]:
     return trackers
 
 
-def resume(config: TrainConfig, trainee: Trainee, state: TrainState) -> None:
+def resume(config: TrainConfig, trainee: Trainee, state: TrainState, *, mirror: Mirror | None) -> None:
     """Continue from a checkpoint where there is one to continue from."""
-    path = find_resume(checkpoints(config), config.run.resume)
+    path = find_resume(checkpoints(config), config.run.resume, mirror=mirror)
     if path is None:
         logger.info("starting at step 0")
         return
@@ -187,7 +203,7 @@ def follow(loader: Iterable[Any], state: TrainState) -> Iterator[Any]:
 
 
 def build_hooks(config: TrainConfig, job: Job, trainee: Trainee, state: TrainState, trackers: list[Tracker]) -> list[Hook]:
-    """Refuse what is not finite, average, log, evaluate, sample, save: in this order."""
+    """Refuse what is not finite, average, log, evaluate, sample: in this order."""
     guard = NonFiniteHook(config.optim, Path(config.run.folder) / "bad_batches")
     speed = Speed(find_counter(job.task), peak_of(trainee.accelerator.device, is_bf16=config.run.is_bf16))
     hooks: list[Hook] = [guard, LogHook(config.run.log_every, config.optim.num_steps, trackers, speed)]
@@ -204,14 +220,20 @@ def build_hooks(config: TrainConfig, job: Job, trainee: Trainee, state: TrainSta
     if job.write_samples is not None:
         write_samples = callable_in_parts(trainee.accelerator, trainee.task, job.write_samples)
         hooks.append(in_phase(state.clock, SAMPLES, SampleHook(config.run.sample_every, write_samples)))
+    return hooks
+
+
+def build_checkpoint_hook(
+    config: TrainConfig, job: Job, trainee: Trainee, state: TrainState, *, hooks: list[Hook], signals: StopSignals,
+    mirror: Mirror | None,
+) -> CheckpointHook:  # fmt: skip
+    """Comes after the other hooks: what it saves has been evaluated."""
 
     def describe(folder: Path) -> None:
         job.describe(folder)
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
 
-    saving = CheckpointHook(
-        config.run.checkpoint_every, config.run.num_kept, checkpoints(config), trainee, state, describe=describe,
-        evaluation=evaluation,
-    )  # fmt: skip
-    hooks.append(in_phase(state.clock, SAVING, saving))
-    return hooks
+    plan = SavePlan(config.run.checkpoint_every, config.run.checkpoint_minutes, config.run.num_kept)
+    saver = Saver(checkpoints(config), trainee, describe, is_background=config.run.background_save)
+    evaluation = next((hook for hook in hooks if isinstance(hook, EvaluateHook)), None)
+    return CheckpointHook(plan, saver, state, evaluation=evaluation, signals=signals, mirror=mirror)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import sycoca
+from sycoca.train.consolidate import consolidate
 from tests.smoke.launching import DDP, PLAIN, ROOT, SMOKE, accelerate, environment, losses, nodes, pretrain, run, zero_3
 
 pytestmark = pytest.mark.slow
@@ -162,6 +163,13 @@ def test_chunks_change_no_loss(engine: str, runs, launchers, data: Path, tmp_pat
     pretrain(launchers[engine], data, tmp_path, *overrides)
     first, same = losses(runs(engine)[0])[0][1], losses(tmp_path)[0][1]
     assert same == pytest.approx(first, rel=1e-4)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_checkpoint_of_any_engine_becomes_one_proven_file(engine: str, runs, tmp_path: Path):
+    found = consolidate(runs(engine)[0] / "checkpoints/last", tmp_path / "out.safetensors", choice="newest")
+    assert found["is_forward_equal"]
+    assert found["are_shards_equal"] == engine.startswith("ZeRO")
 
 
 def test_the_state_of_another_engine_is_refused(runs, data: Path):
