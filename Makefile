@@ -58,7 +58,7 @@ test: $(STAMP)
 
 soak: export OMP_NUM_THREADS = 1
 soak: $(STAMP)
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m soak --numprocesses $(WORKERS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from sycoca.data.elastic import load_positions
 from sycoca.distributed import rank, world_size
 from sycoca.log import logger
 from sycoca.pretrained import load_weights
@@ -37,7 +38,8 @@ PLAIN_ENGINES = {"plain", "DDP", "FSDP2"}
 def load_checkpoint(path: Path, trainee: Trainee, state: TrainState) -> None:
     """Continue as if never interrupted: weights, optimiser, random state, data position, step.
 
-    Plain PyTorch, DDP and FSDP2 may go on from one another with any number of processes; the data then starts anew.
+    Plain PyTorch, DDP and FSDP2 may go on from one another with any number of processes; the data goes on from where all of
+    them were (data/elastic.py), with other random numbers.
     Raises CheckpointError where a ZeRO stage does not find its own state for as many processes.
     """
     meta = read_meta(path)
@@ -58,13 +60,15 @@ def load_checkpoint(path: Path, trainee: Trainee, state: TrainState) -> None:
             raise CheckpointError(f"{path} holds no running average of the weights; set optim.average_decay=0 as it was then")
         trainee.average.load_state_dict(load_file(path / "model.safetensors"), num_updates=meta["num_averaged"])
     state.step, state.num_pairs, state.best = meta["step"], meta["num_pairs"], meta["best"]
-    mine = path / "state" / f"rank_{rank()}.json"
-    if meta["world_size"] == world_size() and mine.is_file():
-        state.positions = json.loads(mine.read_text(encoding="utf-8"))
-        set_random_state(torch.load(path / "state" / f"random_{rank()}.pt", weights_only=True))
+    state.positions = load_positions(path / "state", rank(), was_world_size=meta["world_size"], world_size=world_size())
+    if state.positions is None:
+        logger.warning("%s does not say where all its %d processes were: the data starts anew", path, meta["world_size"])
+    random_state = path / "state" / f"random_{rank()}.pt"
+    if meta["world_size"] == world_size() and random_state.is_file():
+        set_random_state(torch.load(random_state, weights_only=True))
     else:
         logger.warning(
-            "%s was written by %d processes and this run has %d: the data starts from the beginning, with another random state",
+            "%s was written by %d processes and this run has %d: random masks and dropout are others than they would have been",
             path, meta["world_size"], world_size(),
         )  # fmt: skip
 

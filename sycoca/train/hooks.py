@@ -108,6 +108,7 @@ class LogHook:
         }
         dropped = sum((Counter(counts) for counts, _, _ in facts), Counter())
         values |= {f"dropped/{reason}": float(number) for reason, number in dropped.items()}
+        values |= self.drops.source_shares()
         eta = timedelta(seconds=int((self.num_steps - report.step) * seconds / self.num_steps_seen))
         logger.info("%s", self._line(report.step, values, eta))
         if dropped and report.is_last:

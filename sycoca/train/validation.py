@@ -47,7 +47,7 @@ def build_evaluation(
 
 def held_out(config: EvaluateConfig, data: DataConfig) -> DataConfig:
     """The training data's settings over the held-out shards, read without worker processes."""
-    return data.model_copy(update={"shards": config.shards, "num_workers": 0})
+    return data.model_copy(update={"shards": config.shards, "sources": [], "num_workers": 0})
 
 
 def whole_on_this_rank(subject: Pretrained) -> Pretrained:
