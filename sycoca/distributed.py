@@ -100,7 +100,8 @@ class FlagExchange:
     def __init__(self, num_flags: int, device: torch.device):
         self._device = device
         self._counts = torch.zeros(num_flags)
-        self._is_there: torch.cuda.Event | None = None
+        self._is_there: Any = None
+        """On a GPU, the event after which the counts have come."""
 
     def send(self, flags: Sequence[bool]) -> None:
         """Tell the other ranks."""

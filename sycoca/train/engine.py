@@ -62,7 +62,8 @@ def prepare(
     if accelerator.is_fsdp2:
         # each block's weights are gathered when it runs; what is outside of blocks, for the whole step
         blocks = {type(block).__name__ for block in transformer_blocks(task)}
-        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(blocks)
+        plugin: Any = accelerator.state.fsdp_plugin
+        plugin.transformer_cls_names_to_wrap = sorted(blocks)
     return accelerator.prepare(task, optimizer)
 
 

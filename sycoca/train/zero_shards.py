@@ -46,5 +46,5 @@ def collect_shards(engine: Any) -> tuple[str, dict[str, Any]]:
 def rebuild_weights(folder: Path) -> dict[str, Tensor]:
     """Whole weights from the shards of ZeRO-1, 2 or 3: with frozen and tied ones and buffers. float32, no memory shared."""
     with redirect_stdout(stderr):  # DeepSpeed prints; a tool's standard output ends in its result
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder))
+        weights: Any = get_fp32_state_dict_from_zero_checkpoint(str(folder))
     return {key: value.float().clone() if value.is_floating_point() else value.clone() for key, value in weights.items()}
