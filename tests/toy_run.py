@@ -43,7 +43,9 @@ def batches(position: Any, width: int = WIDTH) -> Iterator[dict[str, Any]]:
             "token": torch.zeros(NUM_PAIRS, 2),
             "length": torch.full((NUM_PAIRS,), 2),
             "key": [f"{offset}/{row}" for row in range(NUM_PAIRS)],
-            "position": {"worker": 0, "num_workers": 1, "order": "toy", "num_dropped": {}, "worst": None, **stands},
+            "position": {
+                "worker": 0, "num_workers": 1, "order": "toy", "num_dropped": {}, "worst": None, "topology": None, **stands,
+            },
         }
 
 
