@@ -3,25 +3,24 @@
     python benchmarks/contrastive_memory.py [--ranks 64] [--width 256] [--chunk-rows 128] [--largest 16] [--device cpu|cuda]
 
 One process stands for one of `--ranks`: it holds its B = G / ranks rows and the features that a gather would have brought, G of
-each kind, and goes through the loss and back to both. G runs over 2^10 ... 2^largest. What is counted is what the loss takes
-above these features: on a CPU the peak resident set (Linux' VmHWM) of a fork a measurement, on a GPU the allocator's peak.
-Each side's time is the median of `--rounds` passes. The losses of both sides are compared as well.
+each kind, and goes through the loss and back to both. G runs over 2^10 ... 2^largest. What is counted are the bytes of all
+tensors alive at once that the loss and its backward pass make, the features' gradients among them; what a kernel takes for
+itself while it runs is not seen. The time is the median of `--rounds` passes without counting. Both sides' losses are compared.
 The table goes to standard error; the last line of standard output is JSON.
 """
 
 import argparse
 import json
-import multiprocessing
-import re
 import statistics
 import sys
 import time
 from argparse import Namespace
-from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sycoca.objectives.chunked_contrast import chunked_info_nce
 from sycoca.objectives.contrastive import info_nce
@@ -65,32 +64,48 @@ def _parse() -> Namespace:
     return parser.parse_args()
 
 
+class LiveBytes(TorchDispatchMode):
+    """Keeps account of the storages that operations make and that are alive; those of `known` tensors are left out."""
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return result
+
+
 def measure(args: Namespace, side: str, num_pairs: int) -> dict[str, float]:
-    """Megabytes above the features, seconds a pass, and the loss; on a CPU in a process of its own."""
-    if args.device != "cpu":
-        return run(args, side, num_pairs)
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(run, (args, side, num_pairs))
-
-
-def run(args: Namespace, side: str, num_pairs: int) -> dict[str, float]:
+    """Megabytes (2^20 bytes) of the loss and its backward pass, seconds a pass, and the loss."""
     generator = torch.Generator().manual_seed(0)
     gathered = [torch.randn(num_pairs, args.width, generator=generator) for _ in range(2)]
     gathered = [F.normalize(rows, dim=-1).to(args.device).requires_grad_() for rows in gathered]
     own = [rows.detach()[: num_pairs // args.ranks].clone().requires_grad_() for rows in gathered]
     scale = torch.tensor(SCALE, device=args.device, requires_grad=True)
-    before = start_counting(args.device)
-    seconds, losses = [], []
-    for _ in range(args.rounds):
+    inputs = [*own, *gathered, scale]
+
+    def one_pass() -> float:
         started = time.perf_counter()
         loss = contrast(side, own, gathered, scale, chunk_rows=args.chunk_rows)
         loss.backward()
-        losses.append(loss.item())
-        seconds.append(time.perf_counter() - started)
-        for tensor in (*own, *gathered, scale):
+        losses.append(loss.item())  # waits for the device
+        for tensor in inputs:
             tensor.grad = None
-    peak = peak_megabytes(args.device) - before
-    return {"megabytes": round(peak, 1), "seconds": round(statistics.median(seconds), 4), "loss": losses[-1]}
+        return time.perf_counter() - started
+
+    losses: list[float] = []
+    with LiveBytes(inputs) as counted:
+        one_pass()
+    seconds = [one_pass() for _ in range(args.rounds)]
+    return {"megabytes": round(counted.peak / 2**20, 1), "seconds": round(statistics.median(seconds), 4), "loss": losses[-1]}
 
 
 def contrast(side: str, own: list[Tensor], gathered: list[Tensor], scale: Tensor, *, chunk_rows: int) -> Tensor:
@@ -100,24 +115,6 @@ def contrast(side: str, own: list[Tensor], gathered: list[Tensor], scale: Tensor
         return info_nce(scale * image_BE @ text_GE.T, scale * text_BE @ image_GE.T, None)[0]
     pairs = (image_BE, text_GE), (text_BE, image_GE)
     return torch.stack([chunked_info_nce(*pair, scale, rows=chunk_rows, names=None)[0] for pair in pairs]).mean()
-
-
-def start_counting(device: str) -> float:
-    """Megabytes held now; the peak is counted from here."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now (proc(5))
-    return peak_megabytes(device)
-
-
-def peak_megabytes(device: str) -> float:
-    """The most memory held since counting began."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated() / 2**20
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found, "Linux reports VmHWM"
-    return int(found[1]) / 1024
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """InfoNCE whose memory grows with the global batch and not with its square: a few rows of similarities at a time.
 
-Whole, B rows against G columns and their gradient are 4 B G numbers; here it is 2 `rows` G, and B or G times E for features.
+Whole, B rows against G columns are several times B G numbers; here they are `rows` G, and G times E for features.
 """
 
 from typing import Any
@@ -68,8 +68,10 @@ def _cross_entropy(logit: Tensor, target: Tensor, is_same: Tensor | None) -> tup
     if is_same is not None:
         logit.masked_fill_(is_same.scatter_(1, target[:, None], False), -torch.inf)
     num_right = (logit.argmax(dim=1) == target).sum()
-    log_total = logit.logsumexp(dim=1, keepdim=True)
-    loss = (log_total - logit.gather(1, target[:, None])).sum()
-    slope = logit.sub_(log_total).exp_()
-    slope.scatter_add_(1, target[:, None], torch.full_like(log_total, -1.0))
+    right = logit.gather(1, target[:, None])
+    top = logit.amax(dim=1, keepdim=True)
+    slope = logit.sub_(top).exp_()
+    total = slope.sum(dim=1, keepdim=True)
+    loss = (total.log() + top - right).sum()
+    slope.div_(total).scatter_add_(1, target[:, None], torch.full_like(total, -1.0))
     return loss, num_right, slope
