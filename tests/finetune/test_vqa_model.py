@@ -179,6 +179,10 @@ def test_a_long_answer_loses_its_end_and_never_its_end_token():
 def test_answers_in_a_batch_are_those_of_each_question_alone(build):
     network, batch = build(), build_questions(torch.zeros(12, NUM_ANSWERS))
     assert len(set(batch["length"].tolist())) > 2
+    if isinstance(network, AnswerClassifier):  # an untrained model tells questions apart a little: only that shall decide
+        logit_BN = network.logits(batch["image"], batch["token"], batch["length"])
+        last = [module for module in network.head.modules() if isinstance(module, torch.nn.Linear)][-1]
+        last.bias.data -= logit_BN.mean(dim=0)
     together = network.answer(batch["image"], batch["token"], batch["length"])
     alone = []
     for row, length in enumerate(batch["length"].tolist()):
