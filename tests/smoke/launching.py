@@ -49,7 +49,7 @@ def environment(data: Path) -> dict[str, str]:
 def run(command: list[str], data: Path, *, is_ddp: bool = False) -> subprocess.CompletedProcess[str]:
     """Run a command in the repository's root, on the CPU."""
     env = environment(data) | ({"ACCELERATE_USE_CPU": "true"} if is_ddp else {})
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=5400, check=False)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
 
 
 def pretrain(launcher: list[str], data: Path, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
