@@ -130,10 +130,10 @@ def _collect_walk(ranks: list[dict[str, Any]], topology: dict[str, Any], number:
             if num_carried < len(own):
                 left += [own[num_carried].advance(stand["offset"] if stand else 0), *own[num_carried + 1 :]]
                 stand = None
-            epoch, group, done = (stand["epoch"], stand["group"], stand["offset"]) if stand else (carried.first_epoch, 0, 0)
-            ordinary.append((stream, epoch, group, done))
+            epoch, group, num_done = (stand["epoch"], stand["group"], stand["offset"]) if stand else (carried.first_epoch, 0, 0)
+            ordinary.append((stream, epoch, group, num_done))
     # a stream at (first epoch, 0, 0) has not begun it
-    last = max((epoch if (group, done) != (0, 0) else epoch - 1 for _, epoch, group, done in ordinary))
+    last = max(epoch if (group, done) != (0, 0) else epoch - 1 for _, epoch, group, done in ordinary)
     for stream, epoch, group, num_done in ordinary:
         for later in range(epoch, last + 1):
             units = layout.units(later, stream, num_streams)[group:]

@@ -107,9 +107,9 @@ class TrainStream(IterableDataset[dict[str, Any]], Generic[Settings], ABC):
     def _deal_anew(self, collected: dict[str, Any] | None) -> list[Any]:
         if collected is None or collected["data"] != self.data:
             raise CheckpointError(
-                "the checkpoint's place in the data belongs to another order of samples: expected the same seed, "
-                f"{self.order_settings} as when it was saved (and of processes and workers, where the places of all are not "
-                "known); restore them, or start another run.folder from its weights with init.checkpoint"
+                "the checkpoint's place in the data belongs to another order of samples: expected the same seed, where not all "
+                f"ranks' places are known also the same number of processes and workers, {self.order_settings} as when it was "
+                "saved; restore them, or start another run.folder from its weights with init.checkpoint"
             )
         self._check_global_batch(collected)
         self._first_place = collected["place"]
