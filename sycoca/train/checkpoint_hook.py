@@ -93,4 +93,5 @@ class CheckpointHook:
         barrier()  # where one process ends, launchers soon end the others
         if is_stopped:
             logger.info("asked to stop (%s) and saved; status %d: start again", self.signals.received, STOPPED_STATUS)
+            self.saver.trainee.accelerator.end_training()
             raise SystemExit(STOPPED_STATUS)

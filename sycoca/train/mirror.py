@@ -145,4 +145,4 @@ def fetch_folder(files: Any, source: str, target: Path) -> None:
 def order_candidates(names: list[str], last: str | None) -> list[str]:
     """Which checkpoint to continue from first: the last one written, then those before it; all, newest first, without one."""
     steps = sorted(names, reverse=True)
-    return [name for name in steps if name <= last] if last in steps else steps
+    return [name for name in steps if name <= last] if last is not None and last in names else steps

@@ -9,6 +9,7 @@ from sys import stderr
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
@@ -47,4 +48,8 @@ def rebuild_weights(folder: Path) -> dict[str, Tensor]:
     """Whole weights from the shards of ZeRO-1, 2 or 3: with frozen and tied ones and buffers. float32, no memory shared."""
     with redirect_stdout(stderr):  # DeepSpeed prints; a tool's standard output ends in its result
         weights: Any = get_fp32_state_dict_from_zero_checkpoint(str(folder))
+    states = folder / (folder / "latest").read_text().strip() / "mp_rank_00_model_states.pt"
+    if states.is_file():  # of ZeRO-1 and 2; ZeRO-1 leaves frozen weights out of its shards, they stand whole in here
+        module = torch.load(states, map_location="cpu", weights_only=False)["module"]
+        weights |= {key: value for key, value in module.items() if key not in weights}
     return {key: value.float().clone() if value.is_floating_point() else value.clone() for key, value in weights.items()}

@@ -1,5 +1,6 @@
 """What a rank does in the tests of saving and resuming. A module of its own, so that a fork server imports the library once."""
 
+import multiprocessing
 import os
 import resource
 import signal
@@ -49,6 +50,7 @@ class Launch:
 def set_up_rank(number: int, launch: Launch) -> None:
     """What a launcher would set."""
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of loader processes: as in a launch, not as this process was made
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DATA": str(launch.data)}
     if launch.zero_stage:
         os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(launch.zero_stage),
