@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -90,8 +91,9 @@ class Watchdog:
             "seconds": {phase: round(seconds, 3) for phase, seconds in clock.so_far().items()},
         }  # fmt: skip
         draft = self.folder / f".rank_{self.rank}.partial"
-        draft.write_text(json.dumps(state), encoding="utf-8")
-        os.replace(draft, state_file(self.folder, self.rank))
+        with suppress(OSError):  # of a full disk the checkpoint's error tells, with what to do; looking on must not hide it
+            draft.write_text(json.dumps(state), encoding="utf-8")
+            os.replace(draft, state_file(self.folder, self.rank))
 
     def _report(self, still: float) -> None:
         self._written = ()

@@ -4,6 +4,7 @@ import ctypes
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -68,6 +69,16 @@ def test_a_rank_says_in_its_file_where_its_time_went(tmp_path: Path):
     [state] = read_states(tmp_path, 1)
     assert state is not None and state["phase"] == DONE
     assert state["seconds"]["evaluation"] >= 0.02 and {"starting", WAITING} <= state["seconds"].keys()
+
+
+def test_a_folder_that_cannot_be_written_leaves_the_error_of_training_as_it_is(tmp_path: Path):
+    def fail() -> None:
+        with watch(tmp_path / "state", PhaseClock()):
+            shutil.rmtree(tmp_path / "state")
+            raise KeyError("the cause")
+
+    with pytest.raises(KeyError, match="the cause"):
+        fail()
 
 
 def test_a_rank_that_failed_is_what_the_others_wait_for(tmp_path: Path):
