@@ -31,14 +31,14 @@ from sycoca.models.sycoca import ModelConfig, SyCoCa
 from sycoca.objectives.captioning import CaptioningConfig
 from sycoca.objectives.contrastive import ContrastiveConfig
 from sycoca.objectives.masked_image import MaskedImageConfig
-from sycoca.train.checkpoint import Trainee, save_checkpoint
-from sycoca.train.flops import find_counter
-from sycoca.train.grad_norms import GradNormHook
+from sycoca.train.checkpoint.loading import Trainee, save_checkpoint
+from sycoca.train.diagnosis.flops import find_counter
+from sycoca.train.diagnosis.grad_norms import GradNormHook
+from sycoca.train.diagnosis.watchdog import Watchdog
 from sycoca.train.hooks import LogHook, Speed
 from sycoca.train.loop import Hook, TrainState, train
 from sycoca.train.optim import OptimConfig, build_optimizer
 from sycoca.train.task import PretrainTask, needed_parts
-from sycoca.train.watchdog import Watchdog
 from sycoca.types import Batch
 
 VOCAB_SIZE, MAX_TOKENS, IMAGE_SIZE, NORMS_EVERY = 1000, 40, 64, 10

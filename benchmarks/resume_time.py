@@ -20,9 +20,9 @@ from typing import Any
 
 from sycoca.config import load_config
 from sycoca.data.scenes import write_scenes
-from sycoca.train.checksums import CHECKSUMS, write_checksums
+from sycoca.train.checkpoint.checksums import CHECKSUMS, write_checksums
+from sycoca.train.checkpoint.saving import point
 from sycoca.train.pretrain import PretrainConfig, pretrain
-from sycoca.train.saving import point
 
 SMOKE = Path(__file__).parents[1] / "configs/pretrain/smoke.yaml"
 NUM_SAMPLES = 60

@@ -10,7 +10,7 @@ from typing import Any
 
 from sycoca.cli import run_tool
 from sycoca.pretrained import find_checkpoint
-from sycoca.train.consolidate import consolidate
+from sycoca.train.checkpoint.consolidate import consolidate
 
 
 def main() -> dict[str, Any]:

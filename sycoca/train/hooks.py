@@ -14,8 +14,8 @@ from sycoca.data.position import DropCounter
 from sycoca.distributed import gather_objects, mean_over_ranks, world_size
 from sycoca.log import Tracker, logger
 from sycoca.train.average import WeightAverage
+from sycoca.train.diagnosis.phases import EVALUATION
 from sycoca.train.loop import StepReport, TrainState
-from sycoca.train.phases import EVALUATION
 from sycoca.types import Batch
 
 

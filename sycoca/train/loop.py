@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from sycoca.distributed import any_rank
+from sycoca.train.diagnosis.phases import BACKWARD, FORWARD, LOGGING, STEP, WAITING, PhaseClock
 from sycoca.train.engine import clip_gradients
 from sycoca.train.optim import OptimConfig, set_lr
-from sycoca.train.phases import BACKWARD, FORWARD, LOGGING, STEP, WAITING, PhaseClock
 from sycoca.types import Batch, Metrics
 
 

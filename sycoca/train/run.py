@@ -16,23 +16,23 @@ from sycoca.data.position import PositionTracker
 from sycoca.distributed import rank, world_size
 from sycoca.log import JsonlTracker, TensorBoardTracker, Tracker, WandbTracker, logger, set_up_console
 from sycoca.train.average import WeightAverage, check_average
-from sycoca.train.checkpoint import load_checkpoint
-from sycoca.train.checkpoint_hook import CheckpointHook, SavePlan
+from sycoca.train.checkpoint.hook import CheckpointHook, SavePlan
+from sycoca.train.checkpoint.loading import load_checkpoint
+from sycoca.train.checkpoint.mirror import Mirror
+from sycoca.train.checkpoint.resume import find_resume
+from sycoca.train.checkpoint.saving import Saver
+from sycoca.train.checkpoint.stop import StopSignals
+from sycoca.train.diagnosis.flops import find_counter, peak_of
+from sycoca.train.diagnosis.grad_norms import GradNormHook, check_grad_norms
+from sycoca.train.diagnosis.non_finite import NonFiniteHook
+from sycoca.train.diagnosis.phases import SAMPLES, SAVING, in_phase
+from sycoca.train.diagnosis.watchdog import Watchdog
 from sycoca.train.engine import build_accelerator, callable_in_parts, describe_engine, prepare, transformer_blocks
-from sycoca.train.flops import find_counter, peak_of
-from sycoca.train.grad_norms import GradNormHook, check_grad_norms
 from sycoca.train.hooks import AverageHook, EvaluateHook, LogHook, SampleHook, Speed
 from sycoca.train.loop import Hook, TrainState, train
-from sycoca.train.mirror import Mirror
-from sycoca.train.non_finite import NonFiniteHook
 from sycoca.train.optim import OptimConfig, build_optimizer
-from sycoca.train.phases import SAMPLES, SAVING, in_phase
-from sycoca.train.resume import find_resume
-from sycoca.train.saving import Saver
-from sycoca.train.stop import StopSignals
 from sycoca.train.task import PretrainTask
 from sycoca.train.trainee import Trainee
-from sycoca.train.watchdog import Watchdog
 
 
 class RunConfig(Config):

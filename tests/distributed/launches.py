@@ -15,7 +15,7 @@ TIMEOUT = 500
 def launch_ranks(launch: Launch, work: Rank = train_rank) -> tuple[list[int | None], list[str]]:
     """The exit status of every rank, and what the ranks say went wrong."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sycoca.train.pretrain", "sycoca.train.zero_shards"])
+    context.set_forkserver_preload(["sycoca.train.pretrain", "sycoca.train.checkpoint.zero_shards"])
     launch, failures = replace(launch, port=free_port()), context.SimpleQueue()
     ranks: list[Any] = [context.Process(target=work, args=(number, launch, failures)) for number in range(launch.world)]
     for process in ranks:

@@ -17,12 +17,12 @@ from toy_run import NUM_PAIRS, ToyTask, batches, describe
 from sycoca.config import load_config
 from sycoca.distributed import rank
 from sycoca.train import run
-from sycoca.train.checkpoint import load_checkpoint
+from sycoca.train.checkpoint.loading import load_checkpoint
+from sycoca.train.checkpoint.saving import Saver
 from sycoca.train.engine import build_accelerator, prepare
 from sycoca.train.hooks import LogHook
 from sycoca.train.loop import StepReport, TrainState
 from sycoca.train.pretrain import PretrainConfig, pretrain
-from sycoca.train.saving import Saver
 from sycoca.train.trainee import Trainee
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from launches import launch_ranks
 from run_worker import Launch, save_toys_rank
 from safetensors.torch import load_file
 
-from sycoca.train.consolidate import consolidate, require_equal
+from sycoca.train.checkpoint.consolidate import consolidate, require_equal
 from sycoca.types import CheckpointError
 
 pytestmark = pytest.mark.slow

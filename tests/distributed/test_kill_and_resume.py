@@ -9,8 +9,8 @@ from launches import launch_ranks, losses_by_step, train_once
 from run_worker import Launch
 
 from sycoca.data.scenes import write_scenes
-from sycoca.train.checksums import list_damage
-from sycoca.train.stop import STOPPED_STATUS
+from sycoca.train.checkpoint.checksums import list_damage
+from sycoca.train.checkpoint.stop import STOPPED_STATUS
 
 KILLED = -9
 ENGINES = {"plain": (1, 0), "DDP": (2, 0), "ZeRO-2 alone": (1, 2), "ZeRO-2": (2, 2)}

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from sycoca.data.scenes import write_scenes
-from sycoca.train.checksums import list_damage
-from sycoca.train.stop import STOPPED_STATUS
+from sycoca.train.checkpoint.checksums import list_damage
+from sycoca.train.checkpoint.stop import STOPPED_STATUS
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import sycoca
-from sycoca.train.consolidate import consolidate
+from sycoca.train.checkpoint.consolidate import consolidate
 from tests.smoke.launching import DDP, PLAIN, ROOT, SMOKE, accelerate, environment, losses, nodes, pretrain, run, zero_3
 
 pytestmark = pytest.mark.slow

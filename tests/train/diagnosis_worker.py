@@ -16,12 +16,12 @@ from builders import ABLATION_ROWS, build_batch, build_task, take_rows
 from torch import Tensor, nn
 
 from sycoca.distributed import gather_objects, rank, world_size
+from sycoca.train.diagnosis.grad_norms import check_grad_norms, objective_grad_norms
+from sycoca.train.diagnosis.non_finite import NonFiniteHook
+from sycoca.train.diagnosis.watchdog import Watchdog
 from sycoca.train.engine import build_accelerator, name_engine, prepare
-from sycoca.train.grad_norms import check_grad_norms, objective_grad_norms
 from sycoca.train.loop import Hook, StepReport, TrainState, train
-from sycoca.train.non_finite import NonFiniteHook
 from sycoca.train.optim import OptimConfig, build_optimizer
-from sycoca.train.watchdog import Watchdog
 from sycoca.types import Batch, ConfigError, Metrics, TrainingError
 
 PLAN = OptimConfig(lr=0.02, num_steps=4, warmup_steps=2, clip_norm=0.5, eps=1e-3, on_non_finite="skip")

@@ -13,7 +13,7 @@ from sycoca.data.transforms import TransformConfig
 from sycoca.models.masking import RelevanceConfig
 from sycoca.models.sycoca import SyCoCa
 from sycoca.pretrained import MODEL_PREFIX, PretrainedConfig, save_description
-from sycoca.train.consolidate import compare_forward, consolidate
+from sycoca.train.checkpoint.consolidate import compare_forward, consolidate
 from sycoca.types import CheckpointError
 
 

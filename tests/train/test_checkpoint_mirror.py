@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from toy_run import run_toy, settings
 
-from sycoca.train.mirror import Mirror, order_candidates
+from sycoca.train.checkpoint.mirror import Mirror, order_candidates
 from sycoca.train.run import Evaluation
 from sycoca.types import CheckpointError, ConfigError
 

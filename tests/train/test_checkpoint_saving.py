@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 from toy_run import batches, describe, run_toy, settings
 
-from sycoca.train.checksums import list_damage
-from sycoca.train.resume import find_resume
+from sycoca.train.checkpoint.checksums import list_damage
+from sycoca.train.checkpoint.resume import find_resume
+from sycoca.train.checkpoint.saving import sweep
+from sycoca.train.checkpoint.stop import STOPPED_STATUS
 from sycoca.train.run import Evaluation
-from sycoca.train.saving import sweep
-from sycoca.train.stop import STOPPED_STATUS
 from sycoca.types import CheckpointError
 
 WIDE = 128

@@ -9,7 +9,7 @@ import sycoca.models.packing as packing
 import sycoca.models.vocabulary as vocabulary
 from sycoca.models.masking import RelevanceConfig
 from sycoca.objectives.masked_image import MaskedImageConfig
-from sycoca.train.flops import find_counter, forward_flops, peak_tflops
+from sycoca.train.diagnosis.flops import find_counter, forward_flops, peak_tflops
 from sycoca.train.task import PretrainTask
 
 ROWS = ABLATION_ROWS | {

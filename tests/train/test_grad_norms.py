@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from builders import ABLATION_ROWS, ITC, Objectives, build_batch, build_task
 
 from sycoca.objectives.captioning import CaptioningConfig
-from sycoca.train.grad_norms import check_grad_norms, objective_grad_norms
+from sycoca.train.diagnosis.grad_norms import check_grad_norms, objective_grad_norms
 from sycoca.train.task import PretrainTask
 from sycoca.types import ConfigError
 

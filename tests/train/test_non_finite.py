@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 from builders import ITC, build_batch, build_task
 
+from sycoca.train.diagnosis.non_finite import NonFiniteHook
 from sycoca.train.hooks import LogHook, Speed
 from sycoca.train.loop import Hook, TrainState, train
-from sycoca.train.non_finite import NonFiniteHook
 from sycoca.train.optim import OptimConfig, build_optimizer
 from sycoca.types import Batch, TrainingError
 

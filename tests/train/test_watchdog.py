@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-import sycoca.train.watchdog as watchdog
+import sycoca.train.diagnosis.watchdog as watchdog
 from sycoca.config import parse_config
-from sycoca.train.phases import BACKWARD, DONE, EVALUATION, FORWARD, WAITING, PhaseClock
+from sycoca.train.diagnosis.phases import BACKWARD, DONE, EVALUATION, FORWARD, WAITING, PhaseClock
+from sycoca.train.diagnosis.watchdog import STALLED_STATUS, Watchdog, describe, furthest_behind, read_states
 from sycoca.train.run import RunConfig
-from sycoca.train.watchdog import STALLED_STATUS, Watchdog, describe, furthest_behind, read_states
 from sycoca.types import ConfigError
 
 

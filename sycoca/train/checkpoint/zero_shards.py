@@ -14,7 +14,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
-from sycoca.train.snapshot import copy_to_cpu
+from sycoca.train.checkpoint.snapshot import copy_to_cpu
 
 
 class _Collector(TorchCheckpointEngine):

@@ -11,9 +11,9 @@ from sycoca.config import load_config
 from sycoca.data.tokenizer import build_tokenizer
 from sycoca.models.sycoca import SyCoCa
 from sycoca.pretrained import MODEL_PREFIX, PretrainedConfig, load_weights
-from sycoca.train.checkpoint import read_meta
-from sycoca.train.checksums import list_damage
-from sycoca.train.snapshot import NEWEST
+from sycoca.train.checkpoint.checksums import list_damage
+from sycoca.train.checkpoint.loading import read_meta
+from sycoca.train.checkpoint.snapshot import NEWEST
 from sycoca.types import Batch, CheckpointError, ConfigError
 
 Choice = Literal["newest", "averaged"]
@@ -78,7 +78,7 @@ def compare_forward(checkpoint: Path, written: dict[str, Tensor], source: dict[s
 
 
 def _rebuild(shards: Path) -> dict[str, Tensor]:
-    from sycoca.train.zero_shards import rebuild_weights  # imports DeepSpeed: slow, and other checkpoints do without
+    from sycoca.train.checkpoint.zero_shards import rebuild_weights  # imports DeepSpeed: slow, and other checkpoints do without
 
     return rebuild_weights(shards)
 

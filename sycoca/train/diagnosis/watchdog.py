@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from sycoca.train.phases import DONE, ORDER, PhaseClock
+from sycoca.train.diagnosis.phases import DONE, ORDER, PhaseClock
 
 STALLED_STATUS = 75
 """Exit status of a run that was ended because it stood still (sysexits.h, "temporary failure: try again")."""

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from sycoca.distributed import FlagExchange, barrier
 from sycoca.log import logger
+from sycoca.train.checkpoint.mirror import Mirror
+from sycoca.train.checkpoint.saving import Saver, point, remove_old
+from sycoca.train.checkpoint.stop import STOPPED_STATUS, StopSignals
 from sycoca.train.hooks import EvaluateHook, is_due
 from sycoca.train.loop import StepReport, TrainState
-from sycoca.train.mirror import Mirror
-from sycoca.train.saving import Saver, point, remove_old
-from sycoca.train.stop import STOPPED_STATUS, StopSignals
 
 SECONDS_PER_MINUTE = 60
 

@@ -9,9 +9,9 @@ from typing import TypeVar
 
 from sycoca.distributed import gather_objects, rank, world_size
 from sycoca.log import logger
-from sycoca.train.checksums import list_damage
-from sycoca.train.mirror import Mirror, fetch_url, is_url, order_candidates
-from sycoca.train.saving import point, sweep
+from sycoca.train.checkpoint.checksums import list_damage
+from sycoca.train.checkpoint.mirror import Mirror, fetch_url, is_url, order_candidates
+from sycoca.train.checkpoint.saving import point, sweep
 from sycoca.types import CheckpointError, ConfigError
 
 Answer = TypeVar("Answer")

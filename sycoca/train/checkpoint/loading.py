@@ -24,10 +24,10 @@ from sycoca.data.elastic import load_positions
 from sycoca.distributed import rank, world_size
 from sycoca.log import logger
 from sycoca.pretrained import load_weights
+from sycoca.train.checkpoint.snapshot import NEWEST, set_random_state
 from sycoca.train.engine import name_engine
 from sycoca.train.loop import TrainState
 from sycoca.train.optim import load_optimizer_state
-from sycoca.train.snapshot import NEWEST, set_random_state
 from sycoca.train.trainee import Trainee
 from sycoca.types import CheckpointError
 

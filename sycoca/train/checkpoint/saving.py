@@ -12,9 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from sycoca.distributed import gather_objects
-from sycoca.train.checksums import Checksums, write_checksums
+from sycoca.train.checkpoint.checksums import Checksums, write_checksums
+from sycoca.train.checkpoint.snapshot import explain, take_snapshot, write_snapshot
 from sycoca.train.loop import TrainState
-from sycoca.train.snapshot import explain, take_snapshot, write_snapshot
 from sycoca.train.trainee import Trainee
 from sycoca.types import CheckpointError
 

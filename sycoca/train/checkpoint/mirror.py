@@ -14,7 +14,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from sycoca.log import logger
-from sycoca.train.checksums import CHECKSUMS
+from sycoca.train.checkpoint.checksums import CHECKSUMS
 from sycoca.types import CheckpointError, ConfigError
 
 

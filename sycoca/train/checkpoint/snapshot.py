@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sycoca.distributed import rank, whole_on_rank_0, world_size
-from sycoca.train.checksums import Checksums, seal_file
+from sycoca.train.checkpoint.checksums import Checksums, seal_file
 from sycoca.train.engine import name_engine
 from sycoca.train.loop import TrainState
 from sycoca.train.trainee import Trainee
@@ -39,7 +39,7 @@ def take_snapshot(trainee: Trainee, state: TrainState, *, metrics: dict[str, flo
         files["model.safetensors"] = _safetensors(whole)
         files["meta.json"] = _json(_meta(trainee, state, metrics))
     if trainee.is_deepspeed:
-        from sycoca.train.zero_shards import collect_shards  # imports DeepSpeed: slow, and other runs do without
+        from sycoca.train.checkpoint.zero_shards import collect_shards  # imports DeepSpeed: slow, and other runs do without
 
         tag, shards = collect_shards(trainee.task)
         files |= {f"state/deepspeed/{name}": _torch(content) for name, content in shards.items()}
