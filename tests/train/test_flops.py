@@ -50,6 +50,15 @@ def test_relevance_is_counted_in_every_form(words, monkeypatch: pytest.MonkeyPat
     assert forward_flops(task, batch) == counted_by_torch(task, batch)
 
 
+def test_the_count_asks_no_weight_for_its_shape():
+    """ZeRO-3 leaves them without one between their uses."""
+    task, batch = build_task(ABLATION_ROWS["sycoca"]), build_batch()
+    expected = forward_flops(task, batch)
+    for parameter in task.parameters():
+        parameter.data = torch.empty(0)
+    assert forward_flops(task, batch) == expected
+
+
 def test_training_is_three_forward_passes():
     """Torch's own count of both passes; the vocabulary's custom backward and what needs no gradient make no whole number."""
     task, batch = build_task({"itc": ITC}), build_batch()

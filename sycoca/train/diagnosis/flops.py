@@ -70,9 +70,9 @@ def forward_flops(task: PretrainTask, batch: Batch) -> float:
         total += num_pairs * objective_flops(model, member, num_tokens)
         if isinstance(member, CaptioningObjective):
             assert model.text_decoder is not None
-            num_seen = num_patches_seen(model, member)
+            vocabulary, num_seen = model.text_decoder.vocabulary, num_patches_seen(model, member)
             total += text_flops(model.text_decoder.stack, num_targets, num_pairs, num_tokens, num_seen)
-            total += linear_flops(num_targets, *model.text_decoder.vocabulary.weight.shape)
+            total += linear_flops(num_targets, vocabulary.width, vocabulary.vocab_size)
         if isinstance(member, ContrastiveObjective):
             total += 2 * linear_flops(num_pairs, num_pairs * world_size(), model.config.embed_width)
     return total
