@@ -17,10 +17,10 @@ from tests.smoke.launching import DDP, PLAIN, ROOT, SMOKE, accelerate, environme
 
 pytestmark = pytest.mark.slow
 
-RESUMED = ["plain", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
+PLAINLY = ["plain", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
 OFFLOADED = ["ZeRO-2 with offload", "ZeRO-3 with offload"]
 SOAKED = [pytest.param("ZeRO-2 with offload", marks=pytest.mark.soak)]
-ENGINES = [*RESUMED, "FSDP2", "ZeRO-3 with offload", *SOAKED]
+ENGINES = [*PLAINLY, "FSDP2", "ZeRO-3 with offload", *SOAKED]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,13 @@ def test_every_engine_gives_the_losses_and_weights_of_ddp(engine: str, runs):
         torch.testing.assert_close(others[name], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("engine", [*RESUMED, *(pytest.param(name, marks=pytest.mark.soak) for name in OFFLOADED)])
+KILLED_ELSEWHERE = ["DDP", "ZeRO-1", "ZeRO-2"]
+"""DDP and ZeRO-2 are killed and resumed in tests/distributed/ in every run of the tests."""
+
+
+@pytest.mark.parametrize(
+    "engine", ["plain", "ZeRO-3", *(pytest.param(name, marks=pytest.mark.soak) for name in (*KILLED_ELSEWHERE, *OFFLOADED))]
+)
 def test_an_interrupted_run_goes_on_with_bit_identical_losses(engine: str, runs, launchers, data: Path, tmp_path: Path):
     """Six steps, against six of which those after the checkpoint at step 3 are lost and run again."""
     whole = dict(losses(runs(engine)[0]))
@@ -157,7 +163,7 @@ def test_zero_3_keeps_frozen_weights(launchers, data: Path, tmp_path: Path):
     assert sycoca.load(tmp_path).encode_image([Image.new("RGB", (32, 32))]).isfinite().all()
 
 
-@pytest.mark.parametrize("engine", ["DDP", "ZeRO-3"])
+@pytest.mark.parametrize("engine", [pytest.param("DDP", marks=pytest.mark.soak), "ZeRO-3"])
 def test_chunks_change_no_loss(engine: str, runs, launchers, data: Path, tmp_path: Path):
     overrides = ("run.sample_every=0", "optim.num_steps=3", "optim.num_chunks=2")
     pretrain(launchers[engine], data, tmp_path, *overrides)
