@@ -2,6 +2,7 @@
 # make quickstart   the main job on the embedded data, about ten minutes on two cores
 # make downstream   the five tasks from its checkpoint, about twenty minutes
 # make test         every test        make lint types bench
+# make soak         whole matrices that are too long for every day
 PYTHON ?= python3
 THREADS ?= $(shell nproc)
 WORKERS ?= 2
@@ -11,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 
-.PHONY: quickstart downstream test lint types bench
+.PHONY: quickstart downstream test soak lint types bench
 .DEFAULT_GOAL := test
 
 $(STAMP): setup.cfg
@@ -54,6 +55,10 @@ downstream: $(STAMP)
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+soak: export OMP_NUM_THREADS = 1
+soak: $(STAMP)
+	$(BIN)/python -m pytest -m soak --numprocesses $(WORKERS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from accelerate.state import PartialState, is_initialized
 
 from sycoca.config import Schema, load_config
 from sycoca.log import print_result
-from sycoca.types import CheckpointError, ConfigError, DataError
+from sycoca.types import CheckpointError, ConfigError, DataError, TrainingError
 
 USER_ERROR_STATUS = 2
 _FROM_LOADER = re.compile(r"Caught (\w+) in DataLoader worker process.*\n(?:[\w.]+\.)?\1: (?P<message>.*)", re.DOTALL)
@@ -47,7 +47,7 @@ def run_tool(main: Callable[[], Mapping[str, Any]]) -> None:
         path = _take_record_option()
         facts = {"command": shlex.join(sys.argv), "commit": _commit() if path else None}  # before: the source may move on
         result = main()
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError, TrainingError) as error:
         _exit_with(str(error))
     except OSError as error:
         if error.filename is None:

@@ -3,11 +3,16 @@
 Every function that takes part in a collective must be called by all ranks, in the same order.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_distributed() -> bool:
@@ -86,6 +91,32 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(sum_over_ranks(torch.tensor(int(flag), device=device)).item())
 
 
+class FlagExchange:
+    """Flags that all ranks learn of together: `receive` says of each whether any rank had raised it at the last `send`.
+
+    Nobody waits: the sum over ranks runs while the next step is under way. Every rank must call both in turn.
+    """
+
+    def __init__(self, num_flags: int, device: torch.device):
+        self._device = device
+        self._counts = torch.zeros(num_flags)
+        self._is_there: Any = None
+        """On a GPU, the event after which the counts have come."""
+
+    def send(self, flags: Sequence[bool]) -> None:
+        """Tell the other ranks."""
+        counts = sum_over_ranks(torch.tensor([float(flag) for flag in flags], device=self._device))
+        self._counts = counts.to("cpu", non_blocking=True)
+        if self._device.type == "cuda":
+            self._is_there = torch.cuda.current_stream(self._device).record_event()
+
+    def receive(self) -> list[bool]:
+        """What was sent last; nothing was raised before the first time."""
+        if self._is_there is not None:
+            self._is_there.synchronize()
+        return [count > 0 for count in self._counts.tolist()]
+
+
 def gather_uneven_rows(rows_NE: Tensor) -> Tensor:
     """The rows of all ranks in rank order, without gradient; ranks may bring different numbers of rows, and none.
 
@@ -99,3 +130,60 @@ def gather_uneven_rows(rows_NE: Tensor) -> Tensor:
     gathered = [torch.empty_like(padded_NE) for _ in counts]
     dist.all_gather(gathered, padded_NE)
     return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor itself; one that FSDP2 splits, put together: every rank must call it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def split_like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor itself; where `like` is split over ranks, this rank's share of it. No communication."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def whole_on_rank_0(tree: Any) -> Any:
+    """Nested dictionaries with every split tensor put together, on the CPU of rank 0; other ranks keep nothing of those."""
+    if isinstance(tree, dict):
+        return {key: whole_on_rank_0(value) for key, value in tree.items()}
+    if not isinstance(tree, DTensor):
+        return tree
+    value = tree.full_tensor()
+    return value.cpu() if rank() == 0 else None
+
+
+def is_whole(module: nn.Module) -> bool:
+    """Whether this rank holds all of a module's weights; under ZeRO-3 and FSDP2 it does not."""
+    parameters = list(module.parameters())
+    return not any(isinstance(parameter, DTensor) or parameter.numel() == 0 for parameter in parameters)  # ZeRO-3 empties them
+
+
+@torch.no_grad()
+def copy_whole(module: nn.Module, into: nn.Module) -> None:
+    """Copy a split module's weights and buffers, put together, into one of the same shape. Every rank must call it."""
+    pairs = list(zip(chain(into.parameters(), into.buffers()), chain(module.parameters(), module.buffers()), strict=True))
+    if any(isinstance(shared, DTensor) for _, shared in pairs):
+        for own, shared in pairs:
+            own.copy_(whole(shared))
+        return
+    from deepspeed.runtime.zero import GatheredParameters  # slow to import, and other runs do without
+
+    for own, shared in pairs:
+        with GatheredParameters([shared]):
+            own.copy_(shared)
+
+
+@contextmanager
+def root_gathered(module: nn.Module) -> Iterator[None]:
+    """Meanwhile every rank holds the weights that FSDP2 splits outside of blocks, so that parts can be called by themselves.
+
+    Blocks gather their own at every call: all ranks must make the same calls in the same order.
+    """
+    assert isinstance(module, FSDPModule), "the root of FSDP2"
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()

@@ -12,6 +12,7 @@ from torch import Tensor
 from sycoca.config import Config, load_config
 from sycoca.data.tokenizer import Tokenizer, build_tokenizer
 from sycoca.data.transforms import TransformConfig, build_eval_transform
+from sycoca.distributed import split_like
 from sycoca.generation import GenerationConfig, decode
 from sycoca.models.decoding import CaptionStep
 from sycoca.models.likelihood import token_log_probs
@@ -169,7 +170,7 @@ def load_weights(module: torch.nn.Module, weights: dict[str, Tensor], *, source:
             f"{source} holds the weights of another model: {'; '.join(sorted(problems)[:5])}{more}. "
             "Use the configuration it was trained with (config.yaml beside it), or init.strict=false to take what fits"
         )
-    module.load_state_dict(weights)
+    module.load_state_dict({key: split_like(value, expected[key]) for key, value in weights.items()})
 
 
 def save_description(folder: Path, tokenizer: Tokenizer, config: PretrainedConfig) -> None:

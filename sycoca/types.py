@@ -33,6 +33,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file or the keys and what to do."""
 
 
+class TrainingError(ValueError):
+    """A training that cannot go on; the message names the step and what to do."""
+
+
 class Batch(TypedDict):
     """One step's input. A plain dict: DDP, DeepSpeed and accelerate all understand it."""
 

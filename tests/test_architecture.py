@@ -31,6 +31,7 @@ ALLOWED = {
     "pretrained": {*LEAVES, "data", "models"},
     "train": {*LEAVES, "data", "models", "objectives", "evaluation", "pretrained"},
     "captioners": {*LEAVES, "data", "models"},
+    "doctor": {*LEAVES, "data", "models", "objectives", "train"},
     "finetune": {*LEAVES, "data", "models", "objectives", "train", "evaluation", "pretrained"},
 }
 """Which parts of the package a part may import, besides itself."""

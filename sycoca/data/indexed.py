@@ -7,7 +7,6 @@ workers take turns at those, so a position is (epoch, offset): resuming reads no
 
 import hashlib
 from collections.abc import Iterator
-from itertools import count
 from random import Random
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sycoca.data.collate import LabelledSample, stack_targets
 from sycoca.data.decode import SampleError, decode_image
+from sycoca.data.elastic import Layout, Stand, Unit, walk_units
 from sycoca.data.position import DropLog
 from sycoca.data.stream import (
     MAX_EMPTY_EPOCHS,
@@ -110,30 +110,44 @@ class _TrainStream(TrainStream[IndexedConfig]):
                 "lower data.num_workers, or add data"
             )
         self._records = records
-        self._order = fingerprint((seed, rank, self._num_workers, self._num_streams, len(records), _digest_keys(records)))
+        digest = _digest_keys(records)
+        self._order = fingerprint((seed, rank, self._num_workers, self._num_streams, len(records), digest))
+        self._data = fingerprint((seed, len(records), digest))
 
     @property
     def order(self) -> str:
         return self._order
 
-    def _walk(self, worker: int, drops: DropLog) -> Iterator[tuple[int, dict[str, int]]]:
-        """Numbers of records without end, each with the position that follows it."""
-        start = self._start(worker)
-        num_done = start["offset"]
-        num_empty = 0
-        for epoch in count(start["epoch"]):
-            num_before = drops.num_kept
-            order_N = np.random.default_rng((self._seed, epoch)).permutation(len(self._records))
-            own_N = order_N[self._rank + self._world_size * worker :: self._num_streams]
-            for offset, index in enumerate(own_N[num_done:], num_done + 1):
-                yield int(index), {"epoch": epoch, "group": 0, "offset": offset}
-            num_empty = num_empty + 1 if drops.num_kept == num_before and num_done == 0 else 0
-            num_done = 0
-            if num_empty == MAX_EMPTY_EPOCHS:
+    @property
+    def data(self) -> str:
+        return self._data
+
+    @property
+    def layouts(self) -> list[Layout]:
+        return [Layout("records")]
+
+    def _walk(self, worker: int, drops: DropLog) -> Iterator[tuple[int, Stand]]:
+        """Numbers of records without end, each with the stand that follows it."""
+        layout, carried = Layout("records"), self.carried()
+        stream = layout.stream(self._rank, worker, world_size=self._world_size, num_workers=self._num_workers)
+        kept_at_ends = [drops.num_kept]
+
+        def end_epoch() -> None:
+            kept_at_ends.append(drops.num_kept)
+            if kept_at_ends[-MAX_EMPTY_EPOCHS - 1 :] == [drops.num_kept] * (MAX_EMPTY_EPOCHS + 1):
                 raise DataError(
-                    f"no usable image in {num_empty} epochs for loader worker {worker} of rank {self._rank}; "
+                    f"no usable image in {MAX_EMPTY_EPOCHS} epochs for loader worker {worker} of rank {self._rank}; "
                     f"{drops.describe_worst()}"
                 )
+
+        return walk_units(
+            carried.of_stream(stream, self._num_streams), self._starts.get(str(worker)), first_epoch=carried.first_epoch,
+            units_of=lambda epoch: layout.units(epoch, stream, self._num_streams), read=self._read, end_epoch=end_epoch,
+        )  # fmt: skip
+
+    def _read(self, unit: Unit) -> Iterator[int]:
+        order_N = np.random.default_rng((self._seed, unit.epoch)).permutation(len(self._records))
+        return map(int, order_N[unit.start :: unit.step])
 
     def _decode(self, item: int, epoch: int, drops: DropLog) -> LabelledSample | None:
         records, config = self._records, self._config

@@ -16,13 +16,17 @@ from typing import Any, NamedTuple
 from braceexpand import braceexpand
 from webdataset.gopen import gopen
 
+from sycoca.data.cache import Access, open_cached
 from sycoca.data.decode import IMAGE_EXTENSIONS, TEXT_EXTENSIONS
 from sycoca.data.position import DropLog
+from sycoca.data.remote import expand_url, is_remote
+from sycoca.data.transfers import RemoteError
 from sycoca.types import DataError
 
 _MAX_TEXT_BYTES = 1 << 20
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^./][^.]*)[.]([^/]*)$")  # webdataset's rule: split at the name's first dot
 _STREAM_BLOCK = 1 << 20
+_LOCAL = Access()
 _READ_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError)
 
 
@@ -39,7 +43,7 @@ class RawSample(NamedTuple):
 
 
 def expand_shards(shards: list[str], *, allow_pipe: bool) -> list[str]:
-    """Every shard named: braces are expanded, a folder gives its *.tar in order, wildcards what they match.
+    """Every shard named: braces are expanded, a folder gives its *.tar in order, wildcards what they match (in URLs too).
 
     Raises DataError for a shard or folder that is not there, and for `pipe:` unless it is allowed.
     """
@@ -49,13 +53,15 @@ def expand_shards(shards: list[str], *, allow_pipe: bool) -> list[str]:
     return found
 
 
-def read_samples(shard: str, drops: DropLog, *, max_bytes: int, is_mine: Callable[[], bool]) -> Iterator[RawSample]:
+def read_samples(
+    shard: str, drops: DropLog, *, max_bytes: int, is_mine: Callable[[], bool], access: Access = _LOCAL
+) -> Iterator[RawSample]:
     """Complete pairs of one shard, in order; `is_mine` is asked once for each key, and other samples are not read.
 
     A shard that breaks off gives what could be read, and is counted. Images above `max_bytes` are never read into memory.
     """
     seen: set[str] = set()
-    for group in _read_groups(shard, drops, max_bytes=max_bytes, is_mine=is_mine):
+    for group in _read_groups(shard, drops, max_bytes=max_bytes, is_mine=is_mine, access=access):
         reason = "duplicate_key" if group.key in seen else _what_is_missing(group.members)
         seen.add(group.key)
         if reason:
@@ -69,8 +75,8 @@ def _expand_one(name: str, allow_pipe: bool) -> list[str]:
         if not allow_pipe:
             raise DataError(f"{name}: a shard that runs a command; set data.allow_pipe=true if you trust it")
         return [name]
-    if "://" in name:
-        return [name]
+    if is_remote(name):
+        return expand_url(name)
     if Path(name).is_dir():
         found = sorted(str(path) for path in Path(name).glob("*.tar"))
         hint = "a folder without *.tar; name one with shards"
@@ -106,12 +112,14 @@ class _Group:
         self.members: dict[str, bytes] = {}
 
 
-def _read_groups(shard: str, drops: DropLog, *, max_bytes: int, is_mine: Callable[[], bool]) -> Iterator[_Group]:
+def _read_groups(
+    shard: str, drops: DropLog, *, max_bytes: int, is_mine: Callable[[], bool], access: Access
+) -> Iterator[_Group]:
     """This worker's groups; a member name that comes again begins another group with the same key."""
     limits = {**dict.fromkeys(IMAGE_EXTENSIONS, max_bytes), **dict.fromkeys(TEXT_EXTENSIONS, _MAX_TEXT_BYTES)}
     group = _Group("", False)
     try:
-        for key, extension, read in _read_members(shard):
+        for key, extension, read in _read_members(shard, access):
             if key != group.key or extension in group.extensions:
                 if group.is_mine:
                     yield group
@@ -121,13 +129,16 @@ def _read_groups(shard: str, drops: DropLog, *, max_bytes: int, is_mine: Callabl
                 group.members[extension] = read(limits[extension])
     except _READ_ERRORS as error:
         drops.add(_name_error(error), shard)
+        drops.judge_shard(shard, is_lost=isinstance(error, RemoteError))
+    else:
+        drops.judge_shard(shard, is_lost=False)
     if group.is_mine:
         yield group
 
 
-def _read_members(shard: str) -> Iterator[tuple[str, str, Callable[[int], bytes]]]:
+def _read_members(shard: str, access: Access) -> Iterator[tuple[str, str, Callable[[int], bytes]]]:
     """Key, extension and reader (given a limit in bytes) of each file; a reader works until the next one is asked for."""
-    with _open_tar(shard) as tar:
+    with _open_tar(shard, access) as tar:
         while (info := tar.next()) is not None:
             tar.members = []  # pyright: ignore  tarfile remembers every member it has seen
             found = _KEY_AND_EXTENSION.match(info.name)
@@ -164,18 +175,22 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 @contextmanager
-def _open_tar(shard: str) -> Iterator[tarfile.TarFile]:
-    """Local plain tars are read with seeks, so that what is not wanted costs nothing; all else is a stream."""
+def _open_tar(shard: str, access: Access) -> Iterator[tarfile.TarFile]:
+    """What can seek is read with seeks, so that what is not wanted costs nothing; all else is a stream."""
     if shard.endswith(".tar") and "://" not in shard and not shard.startswith("pipe:"):
         with tarfile.open(shard, "r:", tarinfo=_StrictTarInfo) as tar:
             yield tar
         return
-    stream: Any = gopen(shard, "rb")
-    with closing(stream), tarfile.open(fileobj=stream, mode="r|*", bufsize=_STREAM_BLOCK, tarinfo=_StrictTarInfo) as tar:
+    found, can_seek = open_cached(shard, access) if is_remote(shard) else (gopen(shard, "rb"), False)
+    stream: Any = found
+    mode = "r:" if can_seek and shard.endswith(".tar") else "r|*"
+    with closing(stream), tarfile.open(fileobj=stream, mode=mode, bufsize=_STREAM_BLOCK, tarinfo=_StrictTarInfo) as tar:
         yield tar
 
 
 def _name_error(error: BaseException) -> str:
+    if isinstance(error, RemoteError):
+        return error.reason
     if isinstance(error, _CorruptTar | zlib.error | LZMAError | BadGzipFile):
         return "corrupt_tar"
     if isinstance(error, tarfile.TarError | EOFError):

@@ -11,9 +11,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sycoca.config import Config
 from sycoca.data.collate import AnySample, collate_pairs, num_columns
+from sycoca.data.elastic import Carried, Layout, Stand
 from sycoca.data.position import DropLog
 from sycoca.data.tokenizer import Tokenizer, TokenizerConfig
 from sycoca.data.transforms import TransformConfig, num_pixels_needed
+from sycoca.log import logger
 from sycoca.types import CheckpointError
 
 MAX_EMPTY_EPOCHS = 3
@@ -62,31 +64,75 @@ class TrainStream(IterableDataset[dict[str, Any]], Generic[Settings], ABC):
         self._num_streams = world_size * self._num_workers
         self._draft_size = num_pixels_needed(config.transform)
         self._first_worker = 0
-        self._starts: dict[str, dict[str, int]] = {}
+        self._starts: dict[str, Stand] = {}
+        self._first_place = 0
+        self._carried: list[Carried] = []
 
     @property
     @abstractmethod
     def order(self) -> str:
         """The same for the same order of samples on this rank."""
 
+    @property
     @abstractmethod
-    def _walk(self, worker: int, drops: DropLog) -> Iterator[tuple[Any, dict[str, int]]]:
-        """Items without end, each with the position that follows it, from `_start(worker)` on."""
+    def data(self) -> str:
+        """The same for the same data, seed and units, whatever the number of processes and workers."""
+
+    @property
+    @abstractmethod
+    def layouts(self) -> list[Layout]:
+        """What divides the epochs of each data set into units."""
+
+    @abstractmethod
+    def _walk(self, worker: int, drops: DropLog) -> Iterator[tuple[Any, Stand]]:
+        """Items without end, each with the stand that follows it, from `_starts` and what is carried on."""
 
     @abstractmethod
     def _decode(self, item: Any, epoch: int, drops: DropLog) -> AnySample | None:
         """None where the sample was dropped."""
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from what `PositionTracker.state()` gave on this rank. Raises CheckpointError for another order."""
-        if state["order"] not in (None, self.order):
+        """Go on from what `PositionTracker.state()` gave on this rank, or `elastic.load_positions` found.
+
+        With another number of processes or workers, the rest of the epoch is dealt anew, for as many samples a step as before.
+        Raises CheckpointError for other data or another seed, and for another number of samples a step.
+        """
+        if state["order"] in (None, self.order):
+            self._first_worker, self._starts = state["next_worker"], state["workers"]
+            carried = state.get("carried") or []
+        else:
+            carried = self._deal_anew(state.get("collected"))
+        self._carried = [Carried.parse(tree) for tree in carried]
+
+    def _deal_anew(self, collected: dict[str, Any] | None) -> list[Any]:
+        if collected is None or collected["data"] != self.data:
             raise CheckpointError(
-                "the checkpoint's place in the data belongs to another order of samples: expected the same seed, rank, number "
-                f"of processes and workers, {self.order_settings} as when it was saved; restore them, or start another "
-                "run.folder from its weights with init.checkpoint"
+                "the checkpoint's place in the data belongs to another order of samples: expected the same seed, where not all "
+                f"ranks' places are known also the same number of processes and workers, {self.order_settings} as when it was "
+                "saved; restore them, or start another run.folder from its weights with init.checkpoint"
             )
-        self._first_worker = state["next_worker"]
-        self._starts = state["workers"]
+        self._check_global_batch(collected)
+        self._first_place = collected["place"]
+        num_units = sum(len(walk[1]) for walk in collected["walks"])
+        logger.info("the data goes on with other processes or workers: %d groups of the epoch begun are dealt anew", num_units)
+        return collected["walks"]
+
+    def _check_global_batch(self, collected: dict[str, Any]) -> None:
+        """With as many processes as before, another batch size is the user's wish; with others, most likely an oversight."""
+        size, world_size = collected["batch_size"], collected["world_size"]
+        before, now = size * world_size, self._config.batch_size * self._world_size
+        if before == now or world_size == self._world_size:
+            return
+        share, rest = divmod(before, self._world_size)
+        advice = f"use a number of processes that divides {before}" if rest else f"set data.batch_size={share}"
+        raise CheckpointError(
+            f"a step had {size} samples on each of {world_size} processes, {before} in all; with {self._config.batch_size} on "
+            f"each of {self._world_size} it would have {now}: {advice}"
+        )
+
+    def carried(self, number: int = 0) -> Carried:
+        """What is read of a data set before its first ordinary epoch."""
+        return self._carried[number] if self._carried else Carried.parse(None)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = (loader_worker() + self._first_worker) % self._num_workers
@@ -101,9 +147,6 @@ class TrainStream(IterableDataset[dict[str, Any]], Generic[Settings], ABC):
                 yield {**self._collate(samples), "position": self._position(worker, stands, drops)}
                 samples = []
 
-    def _start(self, worker: int) -> dict[str, int]:
-        return self._starts.get(str(worker), {"epoch": 0, "group": 0, "offset": 0})
-
     def _shorten(self, token: list[int], source: str, drops: DropLog) -> list[int]:
         """At most `max_tokens`, counted where something was cut; the text still ends in eos."""
         if len(token) <= self._config.max_tokens:
@@ -114,7 +157,8 @@ class TrainStream(IterableDataset[dict[str, Any]], Generic[Settings], ABC):
     def _collate(self, samples: Sequence[AnySample]) -> dict[str, Any]:
         return collate_texts(samples, self._config, self._tokenizer)
 
-    def _position(self, worker: int, stands: dict[str, int], drops: DropLog) -> dict[str, Any]:
+    def _position(self, worker: int, stands: Stand, drops: DropLog) -> dict[str, Any]:
+        by_source = drops.take_sources()
         return {
             "worker": worker,
             "num_workers": self._num_workers,
@@ -122,6 +166,17 @@ class TrainStream(IterableDataset[dict[str, Any]], Generic[Settings], ABC):
             **stands,
             "num_dropped": drops.take(),
             "worst": drops.worst(),
+            "topology": self._topology(),
+            **({"num_by_source": by_source} if by_source else {}),
+        }
+
+    def _topology(self) -> dict[str, Any]:
+        return {
+            "data": self.data,
+            "world_size": self._world_size,
+            "num_workers": self._num_workers,
+            "batch_size": self._config.batch_size,
+            "layouts": self.layouts,
         }
 
 

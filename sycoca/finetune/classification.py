@@ -182,7 +182,7 @@ def build_evaluation(
 
 
 def whole_classifier_on_this_rank(classifier: Classifier) -> Classifier:
-    """The classifier itself; under ZeRO-3 a copy of it with all weights. Every rank must call it."""
+    """The classifier itself; under ZeRO-3 and FSDP2 a copy of it with all weights. Every rank must call it."""
     subject = whole_on_this_rank(classifier.subject)
     if subject is classifier.subject:
         return classifier

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sycoca.config import Config, load_config
 from sycoca.data.stream import LoaderConfig
+from sycoca.distributed import copy_whole, is_whole
 from sycoca.finetune.start import check_tokenizer
 from sycoca.log import logger
 from sycoca.models.init import initialise
@@ -56,20 +57,15 @@ def fine_tuning_scales(model: SyCoCa, head: nn.Module | None, optim: OptimConfig
     return scales if head is None else scales | dict.fromkeys(head.parameters(), optim.head_lr_scale)
 
 
-@torch.no_grad()
 def whole_head_on_this_rank(head: Head, build: Callable[[], Head]) -> Head:
-    """The head itself; under ZeRO-3 a copy with all weights, as `train.validation.whole_on_this_rank`. Every rank calls it.
+    """The head itself; under ZeRO-3 and FSDP2 a copy with all weights, as `whole_on_this_rank` makes. Every rank calls it.
 
     build: makes another head of the same shape.
     """
-    if all(parameter.numel() > 0 for parameter in head.parameters()):  # what is kept elsewhere is empty here
+    if is_whole(head):
         return head
-    from deepspeed.runtime.zero import GatheredParameters  # slow to import, and other runs do without
-
     copy = build().to(next(head.parameters()).device).eval()
-    for own, shared in zip(copy.parameters(), head.parameters(), strict=True):
-        with GatheredParameters([shared]):
-            own.copy_(shared)
+    copy_whole(head, copy)
     return copy
 
 

@@ -44,13 +44,18 @@ def read_references(config: DataConfig) -> dict[str, tuple[str, ...]]:
 
     The shards are read once, images included and not decoded. Raises DataError where there is no usable caption.
     """
-    shards = expand_shards(config.shards, allow_pipe=config.allow_pipe)
+    shards = [
+        (name, config.captions_of(source))
+        for source in config.mixed()
+        for name in expand_shards(source.shards, allow_pipe=config.allow_pipe)
+    ]
+    access = config.access(f"references/{rank()}")
     own: dict[str, tuple[str, ...]] = {}
     drops = DropLog(config.max_bad_share)
-    for shard in shards[rank() :: world_size()]:
-        for raw in read_samples(shard, drops, max_bytes=config.max_bytes, is_mine=lambda: True):
+    for shard, captions in shards[rank() :: world_size()]:
+        for raw in read_samples(shard, drops, max_bytes=config.max_bytes, is_mine=lambda: True, access=access):
             try:
-                texts = list_captions(raw.members, read_meta(raw.members), config.captions)
+                texts = list_captions(raw.members, read_meta(raw.members), captions)
             except SampleError as error:
                 drops.add(error.reason, shard)
                 continue

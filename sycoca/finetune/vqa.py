@@ -229,7 +229,7 @@ def answer_records(
 
 
 def whole_answerer_on_this_rank(answerer: VqaAnswerer) -> VqaAnswerer:
-    """The answerer itself; under ZeRO-3 a copy of it with all weights. Every rank must call it."""
+    """The answerer itself; under ZeRO-3 and FSDP2 a copy of it with all weights. Every rank must call it."""
     subject = whole_on_this_rank(answerer.subject)
     if subject is answerer.subject:
         return answerer

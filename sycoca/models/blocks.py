@@ -109,7 +109,7 @@ class Mlp(nn.Module):
         return self.dropout(self.out(F.gelu(self.fc(x_BLD))))
 
 
-class Block(nn.Module):
+class PreNormBlock(nn.Module):
     """Pre-norm transformer block: self-attention, cross-attention where it has a memory, MLP."""
 
     def __init__(
@@ -144,7 +144,7 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """Blocks in a row and a last norm; with `recompute` activations are recomputed in the backward pass."""
 
-    def __init__(self, blocks: list[Block], width: int, *, recompute: bool = False):
+    def __init__(self, blocks: list[PreNormBlock], width: int, *, recompute: bool = False):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sycoca.config import Config
-from sycoca.models.blocks import Block, Stack
+from sycoca.models.blocks import PreNormBlock, Stack
 from sycoca.models.masking import gather_patches
 
 
@@ -37,7 +37,7 @@ class ImageDecoder(nn.Module):
         self.position_PD = nn.Parameter(torch.zeros(num_patches, width))
         self.mask_token_D = nn.Parameter(torch.zeros(width)) if has_mask_token else None
         blocks = [
-            Block(width, config.num_heads, is_causal=False, memory_width=width, mlp_ratio=config.mlp_ratio)
+            PreNormBlock(width, config.num_heads, is_causal=False, memory_width=width, mlp_ratio=config.mlp_ratio)
             for _ in range(config.num_layers)
         ]
         self.stack = Stack(blocks, width, recompute=recompute)

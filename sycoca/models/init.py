@@ -7,7 +7,7 @@ from timm.models.vision_transformer import Block as VitBlock
 from timm.models.vision_transformer import LayerScale, VisionTransformer
 from torch import Tensor, nn
 
-from sycoca.models.blocks import Block, Stack
+from sycoca.models.blocks import PreNormBlock, Stack
 from sycoca.models.image_decoder import ImageDecoder
 from sycoca.models.pooling import AttentionPool
 from sycoca.models.text import TextEncoder
@@ -104,7 +104,7 @@ def grid_positions(num_patches: int, width: int) -> Tensor:
 
 def _scale_stack(stack: Stack) -> None:
     for block in stack.blocks:
-        assert isinstance(block, Block)
+        assert isinstance(block, PreNormBlock)
         read, added = [block.self_attention.qkv.weight], [block.self_attention.out.weight, block.mlp.out.weight]
         if block.has_memory:
             read += [block.cross_attention.query.weight, block.cross_attention.key_value.weight]

@@ -15,8 +15,8 @@ class Packing:
 
     def __init__(self, length_B: Tensor, num_places: int):
         is_real_BL = torch.arange(num_places, device=length_B.device) < length_B[:, None]
-        num_rows = -(-int(length_B.sum()) // ROUND_ROWS_TO) * ROUND_ROWS_TO
         self.shape = is_real_BL.shape
+        num_rows = num_packed(int(length_B.sum()), self.shape.numel())
         self.place_N = is_real_BL.flatten().byte().argsort(descending=True, stable=True)[:num_rows]
 
     def pack(self, x_BLD: Tensor) -> Tensor:
@@ -27,3 +27,8 @@ class Packing:
         """BLD: the rows at their places, zeros at the others."""
         padded = x_ND.new_zeros(self.shape.numel(), x_ND.shape[1])
         return padded.index_copy(0, self.place_N, x_ND).unflatten(0, self.shape)
+
+
+def num_packed(num_real: int, num_places: int) -> int:
+    """Rows that so many real tokens in so many places of a padded batch are packed into."""
+    return min(-(-num_real // ROUND_ROWS_TO) * ROUND_ROWS_TO, num_places)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sycoca.config import Config
-from sycoca.models.blocks import AttentionCache, Block, Stack
+from sycoca.models.blocks import AttentionCache, PreNormBlock, Stack
 from sycoca.models.packing import Packing
 
 
@@ -33,7 +33,7 @@ class TextEncoder(nn.Module):
         self.position = nn.Embedding(max_tokens, config.width)
         self.summary_D = nn.Parameter(torch.zeros(config.width)) if has_summary else None
         blocks = [
-            Block(config.width, config.num_heads, is_causal=True, mlp_ratio=config.mlp_ratio, dropout=config.dropout)
+            PreNormBlock(config.width, config.num_heads, is_causal=True, mlp_ratio=config.mlp_ratio, dropout=config.dropout)
             for _ in range(config.num_layers)
         ]
         self.stack = Stack(blocks, config.width, recompute=recompute)

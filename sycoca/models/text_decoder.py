@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sycoca.config import Config
-from sycoca.models.blocks import AttentionCache, Block, Stack
+from sycoca.models.blocks import AttentionCache, PreNormBlock, Stack
 from sycoca.models.packing import Packing
 from sycoca.models.vocabulary import Vocabulary
 
@@ -26,7 +26,7 @@ class TextDecoder(nn.Module):
     ):  # fmt: skip
         super().__init__()
         blocks = [
-            Block(
+            PreNormBlock(
                 width, num_heads, is_causal=True, memory_width=memory_width, mlp_ratio=config.mlp_ratio,
                 dropout=config.dropout,
             )

@@ -18,6 +18,7 @@ class Vocabulary(nn.Module):
 
     def __init__(self, width: int, vocab_size: int):
         super().__init__()
+        self.width, self.vocab_size = width, vocab_size  # ZeRO-3 leaves the weight without a shape between its uses
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
 
     def forward(self, state_ND: Tensor, label_N: Tensor | None = None, smoothing: float = 0.0) -> Tensor:

@@ -5,12 +5,14 @@ import math
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sycoca.distributed import gather_rows, rank
 from sycoca.models.sycoca import SyCoCa
 from sycoca.objectives.base import Objective, ObjectiveConfig
+from sycoca.objectives.chunked_contrast import chunked_info_nce, is_same_name
 from sycoca.types import NUMBER_MARK, Batch, Features, Metrics
 
 MAX_LOGIT_SCALE = 100.0
@@ -24,6 +26,8 @@ class ContrastiveConfig(ObjectiveConfig):
     init_temperature: float = 0.07
     mask_duplicates: bool = False
     """Leave pairs out of the negatives that share this pair's caption or image key."""
+    chunk_rows: int = Field(default=0, ge=0)
+    """Rows of similarities alive at a time; 0 is all of this rank's. The same loss and gradients, for very large batches."""
 
     def build(self) -> "ContrastiveObjective":
         return ContrastiveObjective(self)
@@ -47,9 +51,18 @@ class ContrastiveObjective(Objective):
         image_GE, text_GE = gather_rows(image_BE), gather_rows(text_BE)
         # clamped here and not after the step: DeepSpeed's float32 master copy would overwrite a clamp of the parameter
         scale = self.log_logit_scale.float().clamp(max=math.log(MAX_LOGIT_SCALE)).exp().squeeze()
-        is_same_BG = same_pairs(batch) if self.config.mask_duplicates else None
+        names = None
+        if self.config.mask_duplicates:
+            name_B2 = pair_names(batch)
+            names = name_B2, gather_rows(name_B2)
         with torch.autocast(image_BE.device.type, enabled=False):
-            loss, accuracy = info_nce(scale * image_BE @ text_GE.T, scale * text_BE @ image_GE.T, is_same_BG)
+            if self.config.chunk_rows:
+                directions = (image_BE, text_GE), (text_BE, image_GE)
+                results = [chunked_info_nce(*pair, scale, rows=self.config.chunk_rows, names=names) for pair in directions]
+                loss, accuracy = (torch.stack(values).mean() for values in zip(*results, strict=True))
+            else:
+                is_same_BG = None if names is None else is_same_name(*names)
+                loss, accuracy = info_nce(scale * image_BE @ text_GE.T, scale * text_BE @ image_GE.T, is_same_BG)
         return loss, {"loss": loss.detach(), "accuracy": accuracy, "logit_scale": scale.detach()}
 
 
@@ -65,15 +78,13 @@ def info_nce(to_text_BG: Tensor, to_image_BG: Tensor, is_same_BG: Tensor | None)
     return loss, torch.stack(hits).mean()
 
 
-def same_pairs(batch: Batch) -> Tensor:
-    """BG: True where the other pair has this pair's caption or its image; what follows a `#` in a key numbers captions."""
+def pair_names(batch: Batch) -> Tensor:
+    """B2: hashes of each pair's caption and of its image, the key up to a `#`, which numbers an image's captions."""
     lengths = batch["length"].tolist()
     captions = [str(row[:n]) for row, n in zip(batch["token"].tolist(), lengths, strict=True)]
     images = [key.partition(NUMBER_MARK)[0] for key in batch["key"]]
     name_B2 = torch.tensor([[_hash(c), _hash(i)] for c, i in zip(captions, images, strict=True)])
-    name_B2 = name_B2.to(batch["token"].device)
-    name_G2 = gather_rows(name_B2)
-    return (name_B2[:, None] == name_G2[None]).any(dim=-1)
+    return name_B2.to(batch["token"].device)
 
 
 def _hash(text: str) -> int:

@@ -18,6 +18,8 @@ def check_average(config: OptimConfig, accelerator: Accelerator) -> None:
     plugin = accelerator.state.deepspeed_plugin
     if config.average_decay and plugin is not None and plugin.zero_stage == ZERO_3:
         raise ConfigError("optim.average_decay: ZeRO-3 has no whole weights to average; launch ZeRO-1 or 2, or set it to 0")
+    if config.average_decay and accelerator.is_fsdp2:
+        raise ConfigError("optim.average_decay: FSDP2 has no whole weights to average; launch ZeRO-1 or 2, or set it to 0")
 
 
 class WeightAverage:

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from sycoca.config import Config
+from sycoca.distributed import split_like
 from sycoca.models.vocabulary import Vocabulary
 from sycoca.objectives.base import Objective
 
@@ -29,6 +31,10 @@ class OptimConfig(Config):
     """Each layer learns at this share of the rate of the layer above it; for fine-tuning (0.65 in BEiT-3 and MAE, Base)."""
     head_lr_scale: float = 1.0
     """Factor of the rate of a head that starts from random weights."""
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """What follows a loss or gradient that is not finite: the run ends, or the batch is left out; it is written down."""
+    max_skipped_in_a_row: int = Field(default=10, ge=0)
+    """Skipped steps that may follow each other; one more stops the run."""
     average_decay: float = 0.0
     """Of a running average of the weights, which is then what is evaluated and saved (0.9999 is usual; 0: no average)."""
 
@@ -88,3 +94,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every parameter group this learning rate, times the group's own factor if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take a whole state, as one process saves it; where FSDP2 splits a parameter, this rank's share of what goes with it."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, values in state["state"].items():
+        like = parameters[number]
+        shaped = {name: split_like(value, like) for name, value in values.items() if value.shape == like.shape}
+        state["state"][number] = {**values, **shaped}
+    optimizer.load_state_dict(state)

@@ -1,26 +1,38 @@
 """A run, whatever it trains: engine, resume, loop, hooks, checkpoints. Pretraining and every fine-tuning hand it a `Job`."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.models.vision_transformer import VisionTransformer
+from pydantic import Field, model_validator
 from torch import nn
 
 from sycoca.config import Config, dump_config
 from sycoca.data.position import PositionTracker
 from sycoca.distributed import rank, world_size
 from sycoca.log import JsonlTracker, TensorBoardTracker, Tracker, WandbTracker, logger, set_up_console
-from sycoca.models.blocks import Block
 from sycoca.train.average import WeightAverage, check_average
-from sycoca.train.checkpoint import Trainee, find_resume, load_checkpoint
-from sycoca.train.engine import build_accelerator, describe_engine, prepare
-from sycoca.train.hooks import AverageHook, CheckpointHook, EvaluateHook, LogHook, SampleHook
+from sycoca.train.checkpoint.hook import CheckpointHook, SavePlan
+from sycoca.train.checkpoint.loading import load_checkpoint
+from sycoca.train.checkpoint.mirror import Mirror
+from sycoca.train.checkpoint.resume import find_resume
+from sycoca.train.checkpoint.saving import Saver
+from sycoca.train.checkpoint.stop import StopSignals
+from sycoca.train.diagnosis.flops import find_counter, peak_of
+from sycoca.train.diagnosis.grad_norms import GradNormHook, check_grad_norms
+from sycoca.train.diagnosis.non_finite import NonFiniteHook
+from sycoca.train.diagnosis.phases import SAMPLES, SAVING, in_phase
+from sycoca.train.diagnosis.watchdog import Watchdog
+from sycoca.train.engine import build_accelerator, callable_in_parts, describe_engine, prepare, transformer_blocks
+from sycoca.train.hooks import AverageHook, EvaluateHook, LogHook, SampleHook, Speed
 from sycoca.train.loop import Hook, TrainState, train
 from sycoca.train.optim import OptimConfig, build_optimizer
+from sycoca.train.task import PretrainTask
+from sycoca.train.trainee import Trainee
 
 
 class RunConfig(Config):
@@ -32,13 +44,32 @@ class RunConfig(Config):
     compile: bool = False
     """torch.compile of every transformer block."""
     resume: str = "auto"
-    """`auto` continues from this folder's last checkpoint, `none` starts anew, otherwise a checkpoint's path."""
+    """`auto` continues from this folder's last checkpoint, else the mirror's; `none` starts anew; otherwise a checkpoint's path
+    or URL."""
     log_every: int = 20
     sample_every: int = 0
     checkpoint_every: int = 1000
+    checkpoint_minutes: float = Field(default=0, ge=0)
+    """Save also where the last checkpoint is this old; 0 is never."""
+    background_save: bool = True
+    """Training goes on while a checkpoint, copied to CPU memory, is written."""
     num_kept: int = 3
+    mirror: str | None = None
+    """A URL that fsspec knows (s3://bucket/run, file:///shared/run): every checkpoint is also sent there."""
     tensorboard: bool = True
     wandb_project: str | None = None
+    stall_minutes: float = Field(default=10.0, ge=0)
+    """A rank that is in one phase (forward, evaluation, saving ...) for longer is reported with its stack; 0: never."""
+    stall_abort: float = Field(default=0.0, ge=0)
+    """Minutes in one phase that end the process with an error; 0 waits for ever. Above the longest evaluation."""
+    grad_norms_every: int = Field(default=0, ge=0)
+    """Logs the gradient's norm of each objective over the shared parameters, at the cost of a backward pass an objective."""
+
+    @model_validator(mode="after")
+    def _check_watchdog(self) -> "RunConfig":
+        if self.stall_abort and not 0 < self.stall_minutes <= self.stall_abort:
+            raise ValueError("stall_abort: the watchdog reports first; set stall_minutes above 0 and not above stall_abort")
+        return self
 
     @property
     def is_bf16(self) -> bool:
@@ -93,33 +124,43 @@ def run_job(config: TrainConfig, job: Job, accelerator: Accelerator) -> dict[str
         compile_blocks(job.task)
     optimizer = build_optimizer(job.task, config.optim, job.layer_scales)
     check_average(config.optim, accelerator)
+    check_grad_norms(config.run.grad_norms_every, job.task, accelerator)
     prepared, prepared_optimizer = prepare(accelerator, job.task, optimizer)
     average = WeightAverage(job.task, config.optim.average_decay) if config.optim.average_decay else None
     trainee = Trainee(accelerator, prepared, prepared_optimizer, average)
     trackers = open_trackers(config) if accelerator.is_main_process else []
     set_seed(config.run.seed + 1 + rank())  # other dropout and random masks on every rank
     state = TrainState()
-    resume(config, trainee, state)
-    hooks = build_hooks(config, job, trainee, state, trackers)
-    train(
-        trainee.task, follow(job.load_batches(state.positions), state), trainee.optimizer, accelerator=accelerator,
-        plan=config.optim, state=state, hooks=hooks,
-    )  # fmt: skip
-    for tracker in trackers:
-        tracker.close()
+    mirror = Mirror(config.run.mirror) if config.run.mirror is not None else None
+    with StopSignals() as signals, watch(config.run, state), ExitStack() as at_the_end:
+        for tracker in trackers:
+            at_the_end.callback(tracker.close)
+        resume(config, trainee, state, mirror=mirror)
+        hooks = build_hooks(config, job, trainee, state, trackers)
+        saving = build_checkpoint_hook(config, job, trainee, state, hooks=hooks, signals=signals, mirror=mirror)
+        hooks.append(in_phase(state.clock, SAVING, saving))
+        train(
+            trainee.task, follow(job.load_batches(state.positions), state), trainee.optimizer, accelerator=accelerator,
+            plan=config.optim, state=state, hooks=hooks,
+        )  # fmt: skip
     accelerator.end_training()
     figures = next((hook.figures for hook in hooks if isinstance(hook, EvaluateHook)), {})
     return {"checkpoint": str(checkpoints(config) / "last"), "step": state.step, **figures}
 
 
+def watch(config: RunConfig, state: TrainState) -> AbstractContextManager[Any]:
+    """The watchdog over this rank, or nothing where it is switched off."""
+    if config.stall_minutes == 0:
+        return nullcontext()
+    stall, abort = 60 * config.stall_minutes, 60 * config.stall_abort
+    folder = Path(config.folder) / "state"
+    return Watchdog(state.clock, folder, rank=rank(), world_size=world_size(), stall_seconds=stall, abort_seconds=abort)
+
+
 def compile_blocks(task: nn.Module) -> None:
     """torch.compile of every transformer block, each by itself: blocks of a tower are alike and are compiled once."""
-    for module in task.modules():
-        if isinstance(module, Block):
-            module.compile()
-        elif isinstance(module, VisionTransformer):
-            for block in module.blocks:
-                block.compile()
+    for block in transformer_blocks(task):
+        block.compile()
 
 
 def checkpoints(config: TrainConfig) -> Path:
@@ -141,9 +182,9 @@ def open_trackers(config: TrainConfig) -> list[Tracker]:
     return trackers
 
 
-def resume(config: TrainConfig, trainee: Trainee, state: TrainState) -> None:
+def resume(config: TrainConfig, trainee: Trainee, state: TrainState, *, mirror: Mirror | None) -> None:
     """Continue from a checkpoint where there is one to continue from."""
-    path = find_resume(checkpoints(config), config.run.resume)
+    path = find_resume(checkpoints(config), config.run.resume, mirror=mirror)
     if path is None:
         logger.info("starting at step 0")
         return
@@ -162,26 +203,37 @@ def follow(loader: Iterable[Any], state: TrainState) -> Iterator[Any]:
 
 
 def build_hooks(config: TrainConfig, job: Job, trainee: Trainee, state: TrainState, trackers: list[Tracker]) -> list[Hook]:
-    """Average, log, evaluate, sample, save: in this order."""
-    hooks: list[Hook] = [LogHook(config.run.log_every, config.optim.num_steps, trackers)]
+    """Refuse what is not finite, average, log, evaluate, sample: in this order."""
+    guard = NonFiniteHook(config.optim, Path(config.run.folder) / "bad_batches")
+    speed = Speed(find_counter(job.task), peak_of(trainee.accelerator.device, is_bf16=config.run.is_bf16))
+    hooks: list[Hook] = [guard, LogHook(config.run.log_every, config.optim.num_steps, trackers, speed)]
     average, evaluation = trainee.average, None
+    if config.run.grad_norms_every:
+        assert isinstance(job.task, PretrainTask)
+        hooks.append(GradNormHook(config.run.grad_norms_every, job.task, trackers))
     if average is not None:
-        hooks.insert(0, AverageHook(average))
+        hooks.insert(1, AverageHook(average))
     if job.evaluation is not None:
         measure = job.evaluation.measure if average is None else average.use_in(job.evaluation.measure)
         evaluation = EvaluateHook(job.evaluation.every, measure, job.evaluation.choose_by, state, trackers)
         hooks.append(evaluation)
     if job.write_samples is not None:
-        hooks.append(SampleHook(config.run.sample_every, job.write_samples))
+        write_samples = callable_in_parts(trainee.accelerator, trainee.task, job.write_samples)
+        hooks.append(in_phase(state.clock, SAMPLES, SampleHook(config.run.sample_every, write_samples)))
+    return hooks
+
+
+def build_checkpoint_hook(
+    config: TrainConfig, job: Job, trainee: Trainee, state: TrainState, *, hooks: list[Hook], signals: StopSignals,
+    mirror: Mirror | None,
+) -> CheckpointHook:  # fmt: skip
+    """Comes after the other hooks: what it saves has been evaluated."""
 
     def describe(folder: Path) -> None:
         job.describe(folder)
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
 
-    hooks.append(
-        CheckpointHook(
-            config.run.checkpoint_every, config.run.num_kept, checkpoints(config), trainee, state, describe=describe,
-            evaluation=evaluation,
-        )
-    )  # fmt: skip
-    return hooks
+    plan = SavePlan(config.run.checkpoint_every, config.run.checkpoint_minutes, config.run.num_kept)
+    saver = Saver(checkpoints(config), trainee, describe, is_background=config.run.background_save)
+    evaluation = next((hook for hook in hooks if isinstance(hook, EvaluateHook)), None)
+    return CheckpointHook(plan, saver, state, evaluation=evaluation, signals=signals, mirror=mirror)

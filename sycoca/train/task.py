@@ -64,15 +64,19 @@ class PretrainTask(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The loss (its mean over ranks is the loss of the whole batch) and each objective's metrics, `name/metric`."""
-        # here and not by the engine: the parameters stay float32 under DDP and every ZeRO stage alike
-        is_recomputed = self.num_chunks > 1 or self.model.config.recompute
         if self.training:
             self.step += 1  # before, not after: chunks are encoded once more in the backward pass and must see the same step
-        with precision(batch["image"].device, is_bf16=self.is_bf16, is_recomputed=is_recomputed):
-            results = self._forward_whole(batch) if self.num_chunks == 1 else self._forward_in_chunks(batch)
+        results = self.results(batch)
         loss = torch.stack([self.weights[name] * result[0] for name, result in results.items()]).sum()
         metrics = {f"{name}/{key}": value for name, result in results.items() for key, value in result[1].items()}
         return loss, {"loss": loss.detach(), **metrics}
+
+    def results(self, batch: Batch) -> dict[str, tuple[Tensor, Metrics]]:
+        """Each objective's loss, without its weight, and metrics; counts no step."""
+        # here and not by the engine: the parameters stay float32 under DDP and every ZeRO stage alike
+        is_recomputed = self.num_chunks > 1 or self.model.config.recompute
+        with precision(batch["image"].device, is_bf16=self.is_bf16, is_recomputed=is_recomputed):
+            return self._forward_whole(batch) if self.num_chunks == 1 else self._forward_in_chunks(batch)
 
     def _forward_whole(self, batch: Batch) -> dict[str, tuple[Tensor, Metrics]]:
         features = self.encode(batch)

@@ -1,14 +1,13 @@
 """Evaluation inside a run: retrieval on held-out shards."""
 
 from collections.abc import Callable
-from itertools import chain
 
 import torch
 from pydantic import Field
 
 from sycoca.config import Config
 from sycoca.data.pipeline import DataConfig, build_eval_loader
-from sycoca.distributed import rank, world_size
+from sycoca.distributed import copy_whole, is_whole, rank, world_size
 from sycoca.evaluation.retrieval import RetrievalEvaluator
 from sycoca.models.sycoca import SyCoCa
 from sycoca.pretrained import Pretrained
@@ -48,28 +47,22 @@ def build_evaluation(
 
 def held_out(config: EvaluateConfig, data: DataConfig) -> DataConfig:
     """The training data's settings over the held-out shards, read without worker processes."""
-    return data.model_copy(update={"shards": config.shards, "num_workers": 0})
+    return data.model_copy(update={"shards": config.shards, "sources": [], "num_workers": 0})
 
 
 def whole_on_this_rank(subject: Pretrained) -> Pretrained:
-    """The subject itself; under ZeRO-3 a copy of it with all weights. Every rank must call it.
+    """The subject itself; under ZeRO-3 and FSDP2 a copy of it with all weights. Every rank must call it.
 
-    ZeRO-3 gathers each layer's weights from all ranks while it runs. An evaluator's shares are uneven, so a rank with fewer
+    They gather each layer's weights from all ranks while it runs. An evaluator's shares are uneven, so a rank with fewer
     batches would leave the others waiting for ever; and a copy is gathered once, not in every batch.
     """
-    if all(parameter.numel() > 0 for parameter in subject.model.parameters()):  # what is kept elsewhere is empty here
+    if is_whole(subject.model):
         return subject
-    from deepspeed.runtime.zero import GatheredParameters  # slow to import, and other runs do without
-
     model = subject.model
     vision = model.config.vision.model_copy(update={"pretrained": False})
     config = model.config.model_copy(update={"vision": vision})
     with torch.device("meta"):
         copy = SyCoCa(config, vocab_size=subject.tokenizer.vocab_size, max_tokens=model.max_tokens, parts=model.parts)
     copy = copy.to_empty(device=subject.device).eval()
-    pairs = zip(chain(copy.parameters(), copy.buffers()), chain(model.parameters(), model.buffers()), strict=True)
-    with torch.no_grad():
-        for own, shared in pairs:
-            with GatheredParameters([shared]):
-                own.copy_(shared)
+    copy_whole(model, copy)
     return Pretrained(copy, subject.tokenizer, subject.config)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from builders import ABLATION_ROWS, IC, ITC, Objectives, build_batch, build_task, gradients, take_rows
+from builders import ABLATION_ROWS, EMBED_WIDTH, IC, ITC, Objectives, build_batch, build_task, gradients, take_rows
 from torch import Tensor
 
 from sycoca.distributed import any_rank, gather_objects, gather_rows, gather_uneven_rows, mean_over_ranks, rank, world_size
@@ -13,7 +13,7 @@ from sycoca.objectives.contrastive import ContrastiveConfig
 from sycoca.objectives.masked_image import MaskedImageConfig
 from sycoca.train.engine import build_accelerator, describe_engine, prepare
 from sycoca.train.optim import OptimConfig, build_optimizer
-from sycoca.types import Batch
+from sycoca.types import Batch, Features
 
 CASES: dict[str, tuple[Objectives, int]] = {
     "itc": ({"itc": ITC}, 1),
@@ -23,6 +23,7 @@ CASES: dict[str, tuple[Objectives, int]] = {
     "sycoca_in_chunks": (ABLATION_ROWS["sycoca"], 2),
     "mask_tokens": ({"itc": ITC, "tg_mim": MaskedImageConfig(encode="mask_tokens")}, 1),
     "duplicates": ({"itc": ContrastiveConfig(mask_duplicates=True)}, 1),
+    "rows_in_chunks": ({"itc": ContrastiveConfig(mask_duplicates=True, chunk_rows=3)}, 2),
 }
 """Objectives and number of chunks; attentive masks wherever there are masks."""
 NUM_ALL = 8
@@ -48,7 +49,8 @@ def run_rank(number: int, world: int, port: int, folder: str, failures: Any) -> 
                    "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
     torch.set_num_threads(1)
     try:
-        found = {"gradients": {name: ddp_gradients(name) for name in CASES}, "talk": talk()}
+        contrast = {is_masked: contrast_by_chunk_rows(is_masked) for is_masked in (False, True)}
+        found = {"gradients": {name: ddp_gradients(name) for name in CASES}, "talk": talk(), "contrast": contrast}
         if number == 0:
             torch.save(found, Path(folder) / f"world_{world}.pt")
     except Exception as error:
@@ -74,6 +76,24 @@ def ddp_gradients(case: str) -> dict[str, Any]:
     return {"gradients": found, "loss": mean_over_ranks(loss), "difference_between_ranks": difference,
             "engine": describe_engine(accelerator, "fp32", batch_size=NUM_ALL // world_size()),
             "metrics": {name: mean_over_ranks(value) for name, value in metrics.items()}}  # fmt: skip
+
+
+def contrast_by_chunk_rows(is_masked: bool) -> dict[int, list[dict[str, Tensor]]]:
+    """Every rank's loss, metrics and gradients of ITC in float64: the whole matrix (0), and in chunks of so many rows."""
+    generator = torch.Generator().manual_seed(4)
+    size = NUM_ALL // world_size()
+    rows = [torch.randn(NUM_ALL, EMBED_WIDTH, generator=generator, dtype=torch.float64) for _ in range(2)]
+    mine = [torch.nn.functional.normalize(row, dim=-1)[rank() * size :][:size] for row in rows]
+    nothing, results = torch.zeros(0), {}
+    for chunk_rows in (0, 1, 3):
+        objective = ContrastiveConfig(chunk_rows=chunk_rows, mask_duplicates=is_masked).build().double()
+        image_BE, text_BE = (row.clone().requires_grad_() for row in mine)
+        features = Features(nothing, nothing, None, image_BE, text_BE)
+        loss, metrics = objective(None, this_ranks_rows(), features)
+        inputs = {"image": image_BE, "text": text_BE, "scale": objective.log_logit_scale}
+        grads = torch.autograd.grad(loss, list(inputs.values()))
+        results[chunk_rows] = gather_objects({**metrics, **dict(zip(inputs, grads, strict=True))})
+    return results
 
 
 def world_size_of_launch() -> int:

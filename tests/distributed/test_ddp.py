@@ -69,6 +69,19 @@ def test_the_mean_over_ranks_is_the_loss_of_the_whole_batch(found_at: dict, expe
 
 
 @pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("chunk_rows", [1, 3])
+def test_contrast_in_chunks_is_the_whole_matrix_on_every_rank(found_at: dict, world: int, is_masked: bool, chunk_rows: int):
+    """In float64. The temperature is used in float32, and so is its gradient."""
+    found = found_at[world]["contrast"][is_masked]
+    for chunked, whole in zip(found[chunk_rows], found[0], strict=True):
+        torch.testing.assert_close(chunked.pop("scale"), whole["scale"], rtol=1e-6, atol=1e-7)
+        assert whole["image"].dtype == torch.float64
+        for name, value in chunked.items():
+            torch.testing.assert_close(value, whole[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_the_first_log_line_says_what_was_launched(found_at: dict, world: int):
     line = found_at[world]["gradients"]["itc"]["engine"]
     assert f"{world} process{'es' if world > 1 else ''} on cpu" in line and f"batch {8 // world} x {world} = 8" in line

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sycoca.models.blocks import Block, Stack
+from sycoca.models.blocks import PreNormBlock, Stack
 from sycoca.models.packing import ROUND_ROWS_TO, Packing
 
 LENGTHS = [[3, 7, 1], [8, 8, 8], [0, 2, 0], list(range(1, 41))]
@@ -30,7 +30,7 @@ def test_rows_are_as_many_as_real_tokens_rounded_up(length: list[int]):
 
 def make_stack(*, recompute: bool) -> Stack:
     torch.manual_seed(0)
-    blocks = [Block(8, 2, is_causal=True, memory_width=6) for _ in range(2)]
+    blocks = [PreNormBlock(8, 2, is_causal=True, memory_width=6) for _ in range(2)]
     return Stack(blocks, 8, recompute=recompute).double()
 
 

@@ -7,7 +7,8 @@ import torch
 from builders import EMBED_WIDTH, build_batch
 from torch import Tensor
 
-from sycoca.objectives.contrastive import ContrastiveConfig, ContrastiveObjective, same_pairs
+from sycoca.objectives.chunked_contrast import is_same_name
+from sycoca.objectives.contrastive import ContrastiveConfig, ContrastiveObjective, pair_names
 from sycoca.types import Batch, Features, Metrics
 
 NUM_PAIRS = 5
@@ -76,6 +77,11 @@ def test_duplicates_are_left_out_of_the_negatives():
 
 def test_without_the_option_duplicates_stay_negatives():
     check_against_loops(ContrastiveConfig().build(), batch_with_duplicates(), NOTHING_LEFT_OUT)
+
+
+def same_pairs(batch: Batch) -> Tensor:
+    name_B2 = pair_names(batch)
+    return is_same_name(name_B2, name_B2)
 
 
 def test_pairs_are_the_same_by_caption_or_by_the_key_before_its_number():

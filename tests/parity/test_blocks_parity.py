@@ -6,7 +6,7 @@ from builders import ABLATION_ROWS, build_batch, build_task, run_backward
 from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
-from sycoca.models.blocks import Block, CrossAttention, SelfAttention
+from sycoca.models.blocks import CrossAttention, PreNormBlock, SelfAttention
 from sycoca.models.image_decoder import patchify
 from sycoca.objectives.contrastive import ContrastiveConfig
 from sycoca.train.optim import OptimConfig, build_optimizer, set_lr
@@ -73,13 +73,13 @@ def test_cross_attention_to_a_memory_of_another_width_is_torchs():
     torch.testing.assert_close(ours(x_BLD, memory_BMF), theirs(x_BLD, memory_BMF, memory_BMF)[0], **TOLERANCE)
 
 
-def randomise(block: Block) -> Block:
+def randomise(block: PreNormBlock) -> PreNormBlock:
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
     return block
 
 
-def copy_common(theirs: nn.Module, ours: Block) -> None:
+def copy_common(theirs: nn.Module, ours: PreNormBlock) -> None:
     theirs.self_attn = torch_self_attention(ours.self_attention)
     theirs.norm1.load_state_dict(ours.self_norm.state_dict())
     theirs.linear1.load_state_dict(ours.mlp.fc.state_dict())
@@ -90,7 +90,7 @@ LAYER = {"d_model": WIDTH, "nhead": NUM_HEADS, "dim_feedforward": 2 * WIDTH, "dr
 
 
 def test_a_block_is_torchs_encoder_layer():
-    ours = randomise(Block(WIDTH, NUM_HEADS, is_causal=True, mlp_ratio=2.0))
+    ours = randomise(PreNormBlock(WIDTH, NUM_HEADS, is_causal=True, mlp_ratio=2.0))
     theirs = nn.TransformerEncoderLayer(**LAYER, norm_first=True, batch_first=True)
     copy_common(theirs, ours)
     theirs.norm2.load_state_dict(ours.mlp_norm.state_dict())
@@ -99,7 +99,7 @@ def test_a_block_is_torchs_encoder_layer():
 
 
 def test_a_block_with_memory_is_torchs_decoder_layer():
-    ours = randomise(Block(WIDTH, NUM_HEADS, is_causal=True, memory_width=WIDTH, mlp_ratio=2.0))
+    ours = randomise(PreNormBlock(WIDTH, NUM_HEADS, is_causal=True, memory_width=WIDTH, mlp_ratio=2.0))
     theirs = nn.TransformerDecoderLayer(**LAYER, norm_first=True, batch_first=True)
     copy_common(theirs, ours)
     theirs.multihead_attn = torch_cross_attention(ours.cross_attention)

@@ -22,22 +22,33 @@ def accelerate(launch_file: str | Path) -> list[str]:
     return [*command, "--num_processes", "2", "--main_process_port", "0"]
 
 
-def zero_3(folder: Path) -> list[str]:
+def zero_3(folder: Path, name: str = "zero3") -> list[str]:
     """Its launch file changed to split small weights too, or nothing here would be split."""
-    settings = json.loads((ROOT / "launch/deepspeed/zero3.json").read_text())
+    settings = json.loads((ROOT / f"launch/deepspeed/{name}.json").read_text())
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (folder / "zero3.json").write_text(json.dumps(settings))
-    launch_file = (ROOT / "launch/accelerate/zero3.yaml").read_text()
-    (folder / "zero3.yaml").write_text(launch_file.replace("launch/deepspeed/zero3.json", str(folder / "zero3.json")))
-    return accelerate(folder / "zero3.yaml")
+    (folder / f"{name}.json").write_text(json.dumps(settings))
+    launch_file = (ROOT / f"launch/accelerate/{name}.yaml").read_text()
+    (folder / f"{name}.yaml").write_text(launch_file.replace(f"launch/deepspeed/{name}.json", str(folder / f"{name}.json")))
+    return accelerate(folder / f"{name}.yaml")
+
+
+def nodes(launch_file: str, port: int) -> list[tuple[list[str], dict[str, str]]]:
+    """The commands of two nodes of one process each on this machine, up to the configuration, and their environments."""
+    shared = {"NUM_NODES": "2", "GPUS_PER_NODE": "1", "MAIN_IP": "127.0.0.1", "MAIN_PORT": str(port)}
+    command = ["bash", str(ROOT / "launch/multi_node.sh"), launch_file]
+    return [(command, shared | {"NODE_RANK": str(number), "ACCELERATE": str(BIN / "accelerate")}) for number in range(2)]
+
+
+def environment(data: Path) -> dict[str, str]:
+    """Of a launch on the CPU; `data` is what the configurations call DATA."""
+    env = {name: value for name, value in os.environ.items() if name not in LAUNCHED and not name.startswith("ACCELERATE")}
+    env |= {"DATA": str(data), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return env | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
 def run(command: list[str], data: Path, *, is_ddp: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run a command in the repository's root, on the CPU; `data` is what the configurations call DATA."""
-    env = {name: value for name, value in os.environ.items() if name not in LAUNCHED and not name.startswith("ACCELERATE")}
-    env |= {"DATA": str(data), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    env |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    env |= {"ACCELERATE_USE_CPU": "true"} if is_ddp else {}
+    """Run a command in the repository's root, on the CPU."""
+    env = environment(data) | ({"ACCELERATE_USE_CPU": "true"} if is_ddp else {})
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
 
 

@@ -1,25 +1,36 @@
 """Every way to launch trains, evaluates, draws, saves, and goes on exactly where it was interrupted."""
 
 import json
+import shutil
+import socket
+import subprocess
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
 from PIL import Image
 
 import sycoca
-from tests.smoke.launching import DDP, PLAIN, accelerate, losses, pretrain, run, zero_3
+from sycoca.train.checkpoint.consolidate import consolidate
+from tests.smoke.launching import DDP, PLAIN, ROOT, SMOKE, accelerate, environment, losses, nodes, pretrain, run, zero_3
 
 pytestmark = pytest.mark.slow
 
-ENGINES = {"plain": PLAIN, "DDP": DDP, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
+PLAINLY = ["plain", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
+OFFLOADED = ["ZeRO-2 with offload", "ZeRO-3 with offload"]
+SOAKED = [pytest.param("ZeRO-2 with offload", marks=pytest.mark.soak)]
+ENGINES = [*PLAINLY, "FSDP2", "ZeRO-3 with offload", *SOAKED]
 
 
 @pytest.fixture(scope="module")
 def launchers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """The command of each engine."""
-    zero = {f"ZeRO-{stage}": accelerate(f"launch/accelerate/zero{stage}.yaml") for stage in (1, 2)}
-    return {"plain": PLAIN, "DDP": DDP, **zero, "ZeRO-3": zero_3(tmp_path_factory.mktemp("launch"))}
+    files = {"ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-2 with offload": "zero2_offload", "FSDP2": "fsdp2"}
+    launched = {engine: accelerate(f"launch/accelerate/{name}.yaml") for engine, name in files.items()}
+    folder = tmp_path_factory.mktemp("launch")
+    zero = {"ZeRO-3": zero_3(folder), "ZeRO-3 with offload": zero_3(folder, "zero3_offload")}
+    return {"plain": PLAIN, "DDP": DDP, **launched, **zero}
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +65,8 @@ def test_a_launch_says_what_it_is_and_leaves_figures_samples_and_a_checkpoint_th
     assert subject.encode_image([Image.new("RGB", (40, 30))]).isfinite().all()
 
 
-@pytest.mark.parametrize("engine", ["ZeRO-1", "ZeRO-2", "ZeRO-3"])
-def test_zero_gives_the_losses_and_weights_of_ddp(engine: str, runs):
+@pytest.mark.parametrize("engine", ["ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2", "ZeRO-3 with offload", *SOAKED])
+def test_every_engine_gives_the_losses_and_weights_of_ddp(engine: str, runs):
     """Also shows that clipping and batch size reach DeepSpeed: the gradient is clipped in every step."""
     expected, found = losses(runs("DDP")[0]), losses(runs(engine)[0])
     assert all(values["grad_norm"] > 1 for _, values in expected)
@@ -68,7 +79,13 @@ def test_zero_gives_the_losses_and_weights_of_ddp(engine: str, runs):
         torch.testing.assert_close(others[name], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+KILLED_ELSEWHERE = ["DDP", "ZeRO-1", "ZeRO-2"]
+"""DDP and ZeRO-2 are killed and resumed in tests/distributed/ in every run of the tests."""
+
+
+@pytest.mark.parametrize(
+    "engine", ["plain", "ZeRO-3", *(pytest.param(name, marks=pytest.mark.soak) for name in (*KILLED_ELSEWHERE, *OFFLOADED))]
+)
 def test_an_interrupted_run_goes_on_with_bit_identical_losses(engine: str, runs, launchers, data: Path, tmp_path: Path):
     """Six steps, against six of which those after the checkpoint at step 3 are lost and run again."""
     whole = dict(losses(runs(engine)[0]))
@@ -79,6 +96,48 @@ def test_an_interrupted_run_goes_on_with_bit_identical_losses(engine: str, runs,
     written = losses(tmp_path)
     assert [step for step, _ in written] == [1, 2, 3, 4, 5, 6, 5, 6]
     assert [values for _, values in written] == [whole[step] for step, _ in written]
+
+
+@pytest.mark.parametrize("engine", ["FSDP2", pytest.param("DDP", marks=pytest.mark.soak)])
+def test_a_checkpoint_of_fsdp2_is_continued(engine: str, runs, launchers, data: Path, tmp_path: Path):
+    """Bit for bit by itself; by DDP to what the order of sums allows, since the optimiser's state is saved whole."""
+    whole = dict(losses(runs("FSDP2")[0]))
+    shutil.copytree(runs("FSDP2")[0], tmp_path / "run", symlinks=True)
+    _forget_after(tmp_path / "run", step=3)
+    done = pretrain(launchers[engine], data, tmp_path / "run", "run.sample_every=0")
+    assert "at step 3" in done.stderr
+    written = losses(tmp_path / "run")[6:]
+    assert [step for step, _ in written] == [4, 5, 6]
+    tolerance = 0.0 if engine == "FSDP2" else 1e-4
+    for step, values in written:
+        assert values == pytest.approx(whole[step], rel=tolerance, abs=0)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["one_process", "ddp"])
+def test_plain_launch_files_run_without_a_gpu(name: str, data: Path, tmp_path: Path):
+    launcher = accelerate(f"launch/accelerate/{name}.yaml")
+    launcher = launcher if name == "ddp" else [*launcher, "--num_processes", "1"]
+    done = pretrain(launcher, data, tmp_path, "optim.num_steps=1", "run.sample_every=0", "evaluate.every=0")
+    assert f"engine {'DDP, 2 processes' if name == 'ddp' else 'plain, 1 process'} on cpu" in done.stderr
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("name", "engine"), [("ddp", "DDP"), ("zero2", "ZeRO-2"), ("fsdp2", "FSDP2")])
+def test_two_nodes_train_as_one_run_of_two_processes(name: str, engine: str, runs, data: Path, tmp_path: Path):
+    """Two launchers on this machine, which meet over loopback."""
+    arguments = [SMOKE, f"run.folder={tmp_path}"]
+    started = [
+        subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment(data) | own, stdout=PIPE, stderr=PIPE, text=True)
+        for command, own in nodes(f"launch/accelerate/{name}.yaml", free_port())
+    ]
+    (result, log), (nothing, quiet) = (process.communicate(timeout=900) for process in started)
+    assert all(process.returncode == 0 for process in started), log + quiet
+    assert f"engine {engine}, 2 processes on cpu" in log
+    assert "{" in result and "{" not in nothing, "the first node alone reports"
+    for (step, values), (same_step, others) in zip(losses(runs("DDP")[0]), losses(tmp_path), strict=True):
+        assert step == same_step
+        assert others == pytest.approx(values, rel=1e-4)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -104,12 +163,19 @@ def test_zero_3_keeps_frozen_weights(launchers, data: Path, tmp_path: Path):
     assert sycoca.load(tmp_path).encode_image([Image.new("RGB", (32, 32))]).isfinite().all()
 
 
-@pytest.mark.parametrize("engine", ["DDP", "ZeRO-3"])
+@pytest.mark.parametrize("engine", [pytest.param("DDP", marks=pytest.mark.soak), "ZeRO-3"])
 def test_chunks_change_no_loss(engine: str, runs, launchers, data: Path, tmp_path: Path):
     overrides = ("run.sample_every=0", "optim.num_steps=3", "optim.num_chunks=2")
     pretrain(launchers[engine], data, tmp_path, *overrides)
     first, same = losses(runs(engine)[0])[0][1], losses(tmp_path)[0][1]
     assert same == pytest.approx(first, rel=1e-4)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_checkpoint_of_any_engine_becomes_one_proven_file(engine: str, runs, tmp_path: Path):
+    found = consolidate(runs(engine)[0] / "checkpoints/last", tmp_path / "out.safetensors", choice="newest")
+    assert found["is_forward_equal"]
+    assert found["are_shards_equal"] == engine.startswith("ZeRO")
 
 
 def test_the_state_of_another_engine_is_refused(runs, data: Path):
@@ -118,6 +184,12 @@ def test_the_state_of_another_engine_is_refused(runs, data: Path):
     done = run(command, data)
     assert done.returncode == 2
     assert "written by ZeRO-2 on 2 processes and this run is plain on 1" in done.stderr.splitlines()[-1]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def _forget_after(folder: Path, *, step: int) -> None:

@@ -1,10 +1,15 @@
 """The running average of weights: its formula, and that it stands in for the weights only while it is measured."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from sycoca.train.average import WeightAverage
+from sycoca.train.average import WeightAverage, check_average
+from sycoca.train.optim import OptimConfig
+from sycoca.types import ConfigError
 
 
 def train_a_little(num_steps: int, decay: float) -> tuple[nn.Linear, WeightAverage, list[torch.Tensor]]:
@@ -50,3 +55,16 @@ def test_the_newest_weights_come_back_after_an_error():
     with pytest.raises(RuntimeError, match="no data"):
         average.use_in(fail)()
     assert layer.weight.equal(states[-1])
+
+
+@pytest.mark.parametrize(("zero_stage", "is_fsdp2", "refused"), [(3, False, "ZeRO-3"), (None, True, "FSDP2"), (2, False, "")])
+def test_an_engine_without_whole_weights_is_refused(zero_stage: int | None, is_fsdp2: bool, refused: str):
+    plugin = SimpleNamespace(zero_stage=zero_stage) if zero_stage else None
+    accelerator: Any = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), is_fsdp2=is_fsdp2)
+    check_average(OptimConfig(lr=1.0, num_steps=1), accelerator)
+    config = OptimConfig(lr=1.0, num_steps=1, average_decay=0.9)
+    if not refused:
+        check_average(config, accelerator)
+        return
+    with pytest.raises(ConfigError, match=f"{refused} has no whole weights to average; launch ZeRO-1 or 2, or set it to 0"):
+        check_average(config, accelerator)
