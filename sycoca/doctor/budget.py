@@ -50,13 +50,17 @@ def check_budget(
 
 
 def state_bytes(task: PretrainTask, config: PretrainConfig, launch: Launch) -> float:
-    """Weights, gradients and AdamW's two moments on one device, float32; ZeRO adds a master copy and splits by its stage."""
+    """Weights, gradients and AdamW's two moments on one device, float32; ZeRO adds a master copy and splits by its stage.
+
+    FSDP2 splits all of it and adds none. What is offloaded is not on the device.
+    """
     num_trained = sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad)
     num_fixed = sum(parameter.numel() for parameter in task.parameters()) - num_trained
     share = 1 / launch.num_processes
-    weights = share if launch.zero_stage == 3 else 1.0
-    gradients = share if launch.zero_stage >= 2 else 1.0
-    moments = (2 + 1) * share if launch.zero_stage else 2.0
+    weights = share if launch.splits_weights else 1.0
+    gradients = share if launch.zero_stage >= 2 or launch.is_fsdp else 1.0
+    moments = 2 * share if launch.is_fsdp else (2 + 1) * share if launch.zero_stage else 2.0
+    moments = 0.0 if launch.is_offloaded else moments
     average = 1.0 if config.optim.average_decay else 0.0
     return _FLOAT * (num_trained * (weights + gradients + moments + average) + num_fixed * weights)
 

@@ -12,26 +12,41 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sycoca.doctor.report import Check
+from sycoca.train.launch_check import FSDP_SWITCHES, OF_THE_EXPERIMENT
 from sycoca.train.pretrain import PretrainConfig
 from sycoca.types import ConfigError
 
-_KINDS = ("NO", "MULTI_GPU", "DEEPSPEED")
-_OURS = {
-    "gradient_accumulation_steps": "optim of the experiment says it", "gradient_clipping": "optim.clip_norm says it",
-    "fp16": "run.precision says it", "bf16": "run.precision says it", "fp16_enabled": "run.precision says it",
-    "train_batch_size": "data.batch_size says it", "train_micro_batch_size_per_gpu": "data.batch_size says it",
-    "optimizer": "optim says it", "scheduler": "optim says it", "dynamo_config": "run.compile says it",
-    "zero_stage": "the DeepSpeed JSON says it", "amp": "run.precision says it",
+_KINDS = ("NO", "MULTI_GPU", "DEEPSPEED", "FSDP")
+_OF_ZERO = ("zero_optimization", "zero_force_ds_cpu_optimizer")
+"""What a DeepSpeed JSON may hold."""
+_OURS = OF_THE_EXPERIMENT | {
+    "fp16_enabled": "run.precision", "dynamo_config": "run.compile", "zero_stage": "the DeepSpeed JSON",
 }  # fmt: skip
-"""Keys of a launch file or DeepSpeed JSON whose number has its home in the experiment."""
+"""Keys of a launch file or DeepSpeed JSON whose number has its home elsewhere, and where."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How many processes share the work, and at which ZeRO stage (0: none)."""
+    """How many processes share the work, and what is split over them."""
 
     num_processes: int = 1
     zero_stage: int = 0
+    """0: none."""
+    is_fsdp: bool = False
+    is_offloaded: bool = False
+    """Whether the optimiser's state waits on the CPU."""
+
+    @property
+    def engine(self) -> str:
+        """What it starts, for people."""
+        if self.is_fsdp:
+            return "FSDP2"
+        return f"ZeRO-{self.zero_stage}" if self.zero_stage else "nothing split"
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether no rank has whole weights."""
+        return self.is_fsdp or self.zero_stage == 3
 
 
 def read_launch(path: Path) -> tuple[Launch, Mapping[str, Any], Mapping[str, Any]]:
@@ -45,15 +60,17 @@ def read_launch(path: Path) -> tuple[Launch, Mapping[str, Any], Mapping[str, Any
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values")
     settings = _read_json(content.get("deepspeed_config", {}).get("deepspeed_config_file"))
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
-    return Launch(int(content.get("num_processes", 1)), stage), content, settings
+    zero = settings.get("zero_optimization", {})
+    is_fsdp = content.get("distributed_type") == "FSDP"
+    launch = Launch(int(content.get("num_processes", 1)), zero.get("stage", 0), is_fsdp, "offload_optimizer" in zero)
+    return launch, content, settings
 
 
 def check_launch(path: Path, config: PretrainConfig) -> list[Check]:
     """Every finding about a launch file."""
     launch, content, settings = read_launch(path)
     wrong = [*_kind_faults(content, launch), *_precision_faults(content), *_home_faults(content, settings)]
-    wrong += _deepspeed_faults(content, settings, launch) + _config_faults(config, launch)
+    wrong += _deepspeed_faults(content, settings, launch) + _fsdp_faults(content, launch) + _config_faults(config, launch)
     found = [Check("launch file", "wrong", f"{path}: {fault}") for fault in wrong]
     num_gpus = torch.cuda.device_count()
     per_machine = launch.num_processes // max(1, int(content.get("num_machines", 1)))
@@ -63,8 +80,8 @@ def check_launch(path: Path, config: PretrainConfig) -> list[Check]:
     if not num_gpus and launch.num_processes > 1:
         says = f"{path}: {launch.num_processes} processes, and no GPU here to check them against"
         found.append(Check("launch file", "warning", f"{says}; run this where the training will run"))
-    name = f"ZeRO-{launch.zero_stage}" if launch.zero_stage else "no ZeRO"
-    return found or [Check("launch file", "ok", f"{path}: {launch.num_processes} processes, {name}, nothing said twice")]
+    says = f"{path}: {launch.num_processes} processes, {launch.engine}, nothing said twice"
+    return found or [Check("launch file", "ok", says)]
 
 
 def _read_json(name: str | None) -> dict[str, Any]:
@@ -101,11 +118,12 @@ def _precision_faults(content: Mapping[str, Any]) -> list[str]:
 def _home_faults(content: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """Numbers that have another home. Everything at the top of the JSON but ZeRO's own settings is one of them."""
     plugin = content.get("deepspeed_config", {})
-    faults = [f"{key}: remove it; {_OURS[key]}" for key in _OURS if key in content]
-    faults += [f"deepspeed_config.{key}: remove it; {_OURS[key]}" for key in _OURS if key in plugin]
-    others = [key for key in settings if key != "zero_optimization"]
+    faults = [f"{key}: remove it; {_OURS[key]} says it" for key in _OURS if key in content]
+    faults += [f"deepspeed_config.{key}: remove it; {_OURS[key]} says it" for key in _OURS if key in plugin]
+    others = [key for key in settings if key not in _OF_ZERO]
     name = plugin.get("deepspeed_config_file")
-    return faults + [f"{name}: {key}: remove it; {_OURS.get(key, 'it holds ZeRO settings only')}" for key in others]
+    instead = {key: f"{_OURS[key]} says it" if key in _OURS else "it holds ZeRO settings only" for key in others}
+    return faults + [f"{name}: {key}: remove it; {instead[key]}" for key in others]
 
 
 def _deepspeed_faults(content: Mapping[str, Any], settings: Mapping[str, Any], launch: Launch) -> list[str]:
@@ -123,12 +141,23 @@ def _deepspeed_faults(content: Mapping[str, Any], settings: Mapping[str, Any], l
     return faults
 
 
-def _config_faults(config: PretrainConfig, launch: Launch) -> list[str]:
-    """What the experiment asks for and ZeRO-3 does not have."""
-    asked = {"optim.average_decay": config.optim.average_decay, "run.grad_norms_every": config.run.grad_norms_every}
-    if launch.zero_stage != 3:
+def _fsdp_faults(content: Mapping[str, Any], launch: Launch) -> list[str]:
+    if not launch.is_fsdp:
         return []
-    says = "ZeRO-3 keeps no whole weights on a rank; set it to 0, or launch ZeRO-2"
+    plugin = {f"FSDP_{name.removeprefix('fsdp_').upper()}": value for name, value in content.get("fsdp_config", {}).items()}
+    faults = []
+    if str(plugin.get("FSDP_VERSION", 1)) != "2":
+        faults.append("fsdp_config.fsdp_version: set it to 2, or name launch/accelerate/fsdp2.yaml")
+    asked = [name for name in FSDP_SWITCHES if _text(plugin.get(name, False)).lower() == "true"]
+    return faults + [f"fsdp_config.{name.lower()}: set it to false: {FSDP_SWITCHES[name]}" for name in asked]
+
+
+def _config_faults(config: PretrainConfig, launch: Launch) -> list[str]:
+    """What the experiment asks for and an engine that splits weights does not have."""
+    if not launch.splits_weights:
+        return []
+    asked = {"optim.average_decay": config.optim.average_decay, "run.grad_norms_every": config.run.grad_norms_every}
+    says = f"{launch.engine} keeps no whole weights on a rank; set it to 0, or launch ZeRO-2"
     return [f"{name}: {says}" for name, is_on in asked.items() if is_on]
 
 

@@ -224,7 +224,10 @@ def write_launch(folder: Path, *, zero: dict | None = None, **changes: Any) -> P
     ("changes", "says"),
     [
         ({"mixed_precision": "bf16"}, "run.precision of the experiment says it"),
-        ({"distributed_type": "FSDP"}, "FSDP is not supported"),
+        ({"distributed_type": "MEGATRON_LM"}, "MEGATRON_LM is not supported"),
+        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}}, "fsdp_version: set it to 2"),
+        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_offload_params": True}}, "fsdp_offload_params: set it to false"),
+        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}}, "optim.average_decay: FSDP2"),
         ({"distributed_type": "NO", "num_processes": 4}, "NO starts one process, not 4"),
         ({"zero": {"bf16": {"enabled": True}}}, "bf16: remove it; run.precision says it"),
         ({"zero": {"train_batch_size": 8}}, "train_batch_size: remove it; data.batch_size says it"),
@@ -241,7 +244,7 @@ def test_what_a_launch_file_should_not_say_is_named(changes: dict, says: str, da
     assert says in " ".join(check.says for check in found if check.status == "wrong")
 
 
-@pytest.mark.parametrize("name", ["one_process", "ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "launch/accelerate").glob("*.yaml")))
 def test_the_launch_files_of_this_repository_pass(name: str, data: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     found = check_launch(Path(f"launch/accelerate/{name}.yaml"), load(data))
@@ -268,6 +271,8 @@ def test_memory_of_weights_and_optimiser_is_split_as_zero_splits_it(data: Path):
     num_bytes = 4 * sum(parameter.numel() for parameter in task.parameters())
     sizes = [state_bytes(task, config, Launch(4, stage)) / num_bytes for stage in (0, 1, 2, 3)]
     assert sizes == pytest.approx([4, 2 + 3 / 4, 1 + 4 / 4, 5 / 4])
+    others = (Launch(4, is_fsdp=True), Launch(4, 2, is_offloaded=True))
+    assert [state_bytes(task, config, launch) / num_bytes for launch in others] == pytest.approx([4 / 4, 1 + 1 / 4])
     assert check_memory(1e15, 0, torch.device("cpu")).status == "wrong"
 
 
