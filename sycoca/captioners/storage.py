@@ -37,3 +37,16 @@ def load_tensors(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str,
     if facts.get("kind") != kind:
         raise DataError(f"{path}: expected a {kind}, found {facts.get('kind')!r}")
     return tensors, facts
+
+
+def read_facts(path: Path, *, kind: str) -> dict[str, Any]:
+    """A JSON object of plain facts that says it is a `kind`. Raises DataError where it is something else."""
+    if not path.is_file():
+        raise DataError(f"{path.parent}: no {kind} there ({path.name} is missing)")
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON ({error}); make the {kind} again") from error
+    if facts.get("kind") != kind:
+        raise DataError(f"{path}: expected a {kind}, found {facts.get('kind')!r}")
+    return facts

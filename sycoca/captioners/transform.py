@@ -69,10 +69,6 @@ class EmbeddingTransform:
         """The same, with unit rows at the end: inner products are then cosines."""
         return self if self.kinds[-1:] == ["l2"] else EmbeddingTransform([*self.steps, Step("l2")])
 
-    def begins_with(self, other: "EmbeddingTransform") -> bool:
-        """Whether the other's steps are the first of these."""
-        return EmbeddingTransform(self.steps[: len(other.steps)]).fingerprint == other.fingerprint
-
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """What was fitted, by name, for a file; with `kinds` it makes the transform again (`from_tensors`)."""
         found = {}
