@@ -3,7 +3,7 @@
 
     tools/fit_aligner.py data/scenes/embeddings --out runs/aligner.safetensors --held-out val
 
-Recall on held-out pairs, both ways: `raw` embeddings, `centred` by the training means, `aligned`, and `shuffled`, by a map of
+Gives recall on held-out pairs: of `raw` embeddings, `centred` by the training means, `aligned`, and `shuffled`, by a map of
 shuffled training pairs, which must be at chance. With --encoder, --shards and --held-out-shards are embedded first.
 """
 
