@@ -3,8 +3,8 @@
 
     tools/fit_aligner.py data/scenes/embeddings --out runs/aligner.safetensors --held-out val
 
-Gives recall on held-out pairs: of `raw` embeddings, `centred` by the training means, `aligned`, and `shuffled`, by a map of
-shuffled training pairs, which must be at chance. With --encoder, --shards and --held-out-shards are embedded first.
+Gives held-out recall of embeddings `raw`, `centred` by the training means, `aligned`, and `shuffled`: aligned by a map of
+shuffled pairs, which must be at chance.
 """
 
 import argparse
@@ -43,15 +43,14 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path, help="what tools/embed.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="the aligner's file")
-    parser.add_argument("--split", default="train", help="of the pairs that are fitted")
-    parser.add_argument("--held-out", default="val", help="split of the pairs that are retrieved")
+    for name, default, what in (("--split", "train", "fitted"), ("--held-out", "val", "retrieved")):
+        parser.add_argument(name, default=default, help=f"split of the pairs that are {what} (default {default})")
     parser.add_argument("--method", choices=get_args(Method), default=DEFAULTS.method)
     parser.add_argument("--ridge", type=float, default=DEFAULTS.ridge, help="penalty of --method ridge")
-    for name in ("image_transform", "text_transform"):
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, nargs="*", default=getattr(DEFAULTS, name), help="none l2 centre zscore, in order")
+    for name, kinds in (("--image-transform", DEFAULTS.image_transform), ("--text-transform", DEFAULTS.text_transform)):
+        parser.add_argument(name, nargs="*", default=kinds, help="none l2 centre zscore, in order")
     parser.add_argument("--seed", type=int, default=DEFAULTS.seed, help="of the shuffled pairs")
-    parser.add_argument("--encoder", default="", help="embeds --shards and --held-out-shards")
+    parser.add_argument("--encoder", default="", help="embeds --shards and --held-out-shards into the store first")
     parser.add_argument("--shards", nargs="+", default=[])
     parser.add_argument("--held-out-shards", nargs="+", default=[])
     return parser.parse_args()
