@@ -19,19 +19,25 @@ from sycoca.log import set_up_console
 
 
 def main() -> dict[str, Any]:
-    options = vars(_parse())
+    options = _parse()
     set_up_console(is_main=True)
-    source, plan = (kind(*map(options.get, kind._fields)) for kind in (RowSource, BuildPlan))
-    verb, folder, allowed = options["verb"], options["datastore"], options.get("allow_held_out", False)
-    datastore = begin_datastore(source, plan, allow_held_out=allowed) if verb == "build" else load_datastore(folder)
-    if verb in ("add", "swap"):
-        change = datastore.extend if verb == "add" else datastore.swap
-        change(read_rows(source), allow_held_out=allowed)
-    if verb == "filter":
-        datastore.filter(rows_to_keep(**{name: options[name] for name in ("min_score", "origin", "split")}))
-    if verb != "inspect":
-        save_datastore(datastore, folder)
+    if options.verb == "build":
+        plan = BuildPlan(options.transform, options.aligner, options.index, options.probes)
+        datastore = begin_datastore(_source(options), plan, allow_held_out=options.allow_held_out)
+    else:
+        datastore = load_datastore(options.datastore)
+    if options.verb in ("add", "swap"):
+        change = datastore.extend if options.verb == "add" else datastore.swap
+        change(read_rows(_source(options)), allow_held_out=options.allow_held_out)
+    if options.verb == "filter":
+        datastore.filter(rows_to_keep(min_score=options.min_score, origin=options.origin, split=options.split))
+    if options.verb != "inspect":
+        save_datastore(datastore, options.datastore)
     return datastore.inspect()
+
+
+def _source(options: argparse.Namespace) -> RowSource:
+    return RowSource(options.embeddings, options.split, options.texts, options.encoder)
 
 
 def _parse() -> argparse.Namespace:
@@ -50,9 +56,8 @@ def _parse() -> argparse.Namespace:
     build.add_argument("--aligner", type=Path, help="take its texts' transform, then l2, instead of --transform")
     build.add_argument("--index", default=EXACT, help=f"of FAISS; {EXACT} is exact")
     build.add_argument("--probes", type=int, default=NUM_PROBES, help="lists of an inverted index that are looked into")
-    filtering.add_argument("--min-score", type=float, help="keep rows of this score or more")
-    filtering.add_argument("--origin", choices=("human", "synthetic"), help="keep these only")
-    filtering.add_argument("--split", help="keep this one only")
+    for name, kind in (("--min-score", float), ("--origin", str), ("--split", str)):
+        filtering.add_argument(name, type=kind, help="keep rows of it only, or of this score or more")
     return parser.parse_args()
 
 

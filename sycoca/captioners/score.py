@@ -139,7 +139,7 @@ class AggregateScorer:
 def choose_best(scorer: Scorer, image_BE: Tensor, candidates: Texts) -> list[str]:
     """Each image's candidate of the highest score, the first of equals."""
     best_B = scorer(image_BE, candidates).argmax(dim=1).tolist()
-    return [texts[best] for texts, best in zip(candidates, best_B, strict=True)]
+    return [candidates[image][best] for image, best in enumerate(best_B)]
 
 
 def _flatten(image_BE: Tensor, candidates: Texts) -> list[str]:
