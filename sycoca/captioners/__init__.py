@@ -1,0 +1,1 @@
+"""Lightweight captioners on top of a frozen pair of encoders and any transformers language model."""
