@@ -31,7 +31,7 @@ ALLOWED = {
     "pretrained": {*LEAVES, "data", "models"},
     "train": {*LEAVES, "data", "models", "objectives", "evaluation", "pretrained"},
     "captioners": {*LEAVES, "data", "models"},
-    "finetune": {*LEAVES, "data", "models", "objectives", "train", "evaluation", "pretrained"},
+    "finetune": {*LEAVES, "data", "models", "objectives", "train", "evaluation", "pretrained", "captioners"},
 }
 """Which parts of the package a part may import, besides itself."""
 

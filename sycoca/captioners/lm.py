@@ -52,6 +52,8 @@ class CaptionLM(nn.Module):
         self.ends = Ends(self.eos, tuple(sorted(set(stops) - {self.eos})))
         self.adapters: CrossAttentionAdapters | None = None
         self.model.requires_grad_(False)
+        self.register_state_dict_post_hook(_leave_out_tied)
+        self.register_load_state_dict_pre_hook(_put_tied_back)
         self.eval()
 
     @property
@@ -151,9 +153,7 @@ class CaptionLM(nn.Module):
         memory = self._project(condition)
         return self.architecture.begin(prompt.token_NL, embedding_NLD, is_real_NL, ends=self.ends, memory=memory)
 
-    def log_probs(
-        self, prompt: PromptBatch, token_NT: Tensor, length_N: Tensor, condition: Condition = NOTHING
-    ) -> Tensor:
+    def log_probs(self, prompt: PromptBatch, token_NT: Tensor, length_N: Tensor, condition: Condition = NOTHING) -> Tensor:
         """NT float32, in nats, with gradient: of each token of the captions after its prompt and the tokens before it.
 
         Captions are padded on the right and end in eos (or in none, where they were cut); 0 behind a caption's end.
@@ -186,3 +186,24 @@ class CaptionLM(nn.Module):
         if self.adapters is None or condition.memory_NMF is None:
             return None
         return self.adapters.project(condition.memory_NMF.to(self.device))
+
+
+def _tied_names(lm: CaptionLM) -> dict[str, str]:
+    """Names of weights that stand for another of the model's (an output layer tied to the embedding), and that one's."""
+    first: dict[nn.Parameter, str] = {}
+    every = lm.named_parameters(remove_duplicate=False)
+    return {name: first[weight] for name, weight in every if first.setdefault(weight, name) != name}
+
+
+def _leave_out_tied(lm: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    """Each weight once: safetensors refuses tensors that share their memory."""
+    assert isinstance(lm, CaptionLM), "the hook of a language model"
+    for name in _tied_names(lm):
+        state.pop(prefix + name, None)
+
+
+def _put_tied_back(lm: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    assert isinstance(lm, CaptionLM), "the hook of a language model"
+    for name, source in _tied_names(lm).items():
+        if prefix + source in state:
+            state.setdefault(prefix + name, state[prefix + source])

@@ -66,5 +66,6 @@ def find_stop(text: str, tokenizer: Any, *, source: str) -> int:
     """The token of a stop text. Raises ConfigError where it is not one token."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-        raise ConfigError(f"{source}: expected stop texts of one known token, {text!r} is {tokenizer.convert_ids_to_tokens(ids)}")
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        raise ConfigError(f"{source}: expected stop texts of one known token, {text!r} is {pieces}")
     return ids[0]

@@ -155,7 +155,7 @@ def train_word_tokenizer(texts: Iterable[str], folder: Path) -> None:
 
 
 def train_prompt_tokenizer(texts: Iterable[str], folder: Path) -> None:
-    """The same for a language model: a line break is a word too (prompts have blank lines), and bos stands before every text."""
+    """The same for a language model: a line break is a word too (prompts have blank lines), bos precedes every text."""
     kept = pre_tokenizers.Split(Regex(r"\n|\w+|[^\w\s]+"), behavior="removed", invert=True)
     tokenizer = _train_words([*texts, "\n"], kept)
     words, bos = tokenizer.backend_tokenizer, str(tokenizer.bos_token)

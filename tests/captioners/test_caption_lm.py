@@ -216,6 +216,6 @@ def test_what_cannot_be_a_captioner_s_language_model_is_refused(tmp_path):
         build_lm(stops=("giraffe",))
     with pytest.raises(ConfigError, match="expected a folder with a transformers model"):
         load_lm(tmp_path / "nowhere")
+    lm = build_lm()
     with pytest.raises(ConfigError, match=rf"reads {MAX_POSITIONS} tokens at most"):
-        lm = build_lm()
         lm.generate(prompts(lm), GenerationConfig(max_tokens=MAX_POSITIONS))
