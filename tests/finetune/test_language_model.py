@@ -151,6 +151,6 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path):
         small_lm(tmp_path, small_config(tmp_path, lm={"num_heads": 5}))
     with pytest.raises(DataError, match="two captions or more"):
         CaptionTable({"1.jpg": ["a dog"]})
+    config = PromptedConfig(texts=[], batch_size=1)
     with pytest.raises(DataError, match="too few for 9 processes"):
-        config = PromptedConfig(texts=[], batch_size=1)
         PromptedBatches(CaptionTable(CAPTIONS), None, config, seed=0, rank=0, world_size=9, resume=None)  # pyright: ignore
