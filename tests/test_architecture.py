@@ -33,7 +33,7 @@ ALLOWED = {
     "train": {*LEAVES, "data", "models", "objectives", "evaluation", "pretrained"},
     "captioners": {*LEAVES, "data", "models", "pretrained"},
     "doctor": {*LEAVES, "data", "models", "objectives", "train"},
-    "finetune": {*LEAVES, "data", "models", "objectives", "train", "evaluation", "pretrained"},
+    "finetune": {*LEAVES, "data", "models", "objectives", "train", "evaluation", "pretrained", "captioners"},
 }
 """Which parts of the package a part may import, besides itself."""
 
