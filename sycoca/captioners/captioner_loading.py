@@ -8,10 +8,12 @@ from PIL import Image
 
 from sycoca.captioners.captioner import LightCaptioner, Written, read_captioner
 from sycoca.captioners.recap import ReCap
+from sycoca.captioners.sitta import Sitta
 from sycoca.types import DataError
 
 KINDS: dict[str, type[LightCaptioner]] = {
     ReCap.kind: ReCap,
+    Sitta.kind: Sitta,
 }
 """Every captioner by its kind."""
 

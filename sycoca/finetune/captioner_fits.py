@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from pydantic import ConfigDict
 
 from sycoca.config import Config, load_config
-from sycoca.finetune.closed_form import ReCapFit, fit_recap
+from sycoca.finetune.closed_form import ReCapFit, SittaFit, fit_recap, fit_sitta
 from sycoca.types import ConfigError
 
 
@@ -22,6 +22,7 @@ class Fit(NamedTuple):
 
 FITS: dict[str, Fit] = {
     "recap": Fit(ReCapFit, fit_recap),
+    "sitta": Fit(SittaFit, fit_sitta),
 }
 
 
