@@ -180,7 +180,8 @@ def measure(config: TrainLMConfig, table: CaptionTable, task: LanguageModelTask)
     figures: dict[str, float] = {}
     mean = 0.0
     for name, shares in STANDING_BEHIND.items():
-        mean = mean_log_prob(task, table, config.data.model_copy(update=shares), config.evaluate)
+        captions_only = {**shares, "words": None, "words_share": 0.0}
+        mean = mean_log_prob(task, table, config.data.model_copy(update=captions_only), config.evaluate)
         figures[name] = math.exp(-mean)
     task.train(was_training)
     return {**figures, CHOOSE_BY: mean}

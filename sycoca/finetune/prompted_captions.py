@@ -6,10 +6,12 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from sycoca.captioners.lm import CaptionLM
 from sycoca.captioners.prompt import PromptConfig, arrange_items, encode_prompt, pad_prompts
+from sycoca.captioners.words import content_words
 from sycoca.config import Config
 from sycoca.data.decode import CaptionConfig
 from sycoca.data.stream import fingerprint
@@ -31,6 +33,18 @@ class PromptedConfig(Config):
     """Captions that stand behind a prompt of other captions; the rest are plain."""
     same_image_share: float = Field(default=0.5, ge=0, le=1)
     """Of a prompt's items: other captions of the same image, as long as there are any; the rest are of any other image."""
+    words: PromptConfig | None = None
+    """Prompts of words, as SITTA makes them: content words of the captions that would stand there, in random order."""
+    words_share: float = Field(default=0.0, ge=0, le=1)
+    """Of the prompted captions, those behind `words`."""
+
+    @model_validator(mode="after")
+    def _check_words(self) -> Self:
+        if (self.words is not None) != (self.words_share > 0):
+            raise ValueError("words and words_share go together: one says which prompts, the other how many")
+        if self.words is not None and self.words.max_tokens > self.prompt.max_tokens:
+            raise ValueError("words.max_tokens is more than prompt.max_tokens, by which the model's places are counted")
+        return self
 
 
 class CaptionTable:
@@ -70,17 +84,28 @@ def collate_prompted(
     """`prompt` and `prompt_is_real` (NL, padded on the left), `token` (NT, padded on the right), `length` (N), `key`."""
     prompts, rows = [], []
     for index, generator in zip(indices, generators, strict=True):
-        items: list[str] = []
-        if generator.random() < config.prompted_share:
-            num = config.prompt.pool or config.prompt.num_items
-            drawn = table.draw_others(index, num, generator, same_image_share=config.same_image_share)
-            items = arrange_items(drawn, config.prompt, generator)
-        prompts.append(encode_prompt(items, config.prompt, lm.encode_prompt) if items else lm.encode_prompt(""))
+        items, prompt = draw_items(table, index, config, generator)
+        prompts.append(encode_prompt(items, prompt, lm.encode_prompt) if items else lm.encode_prompt(""))
         rows.append(lm.encode_caption(table.texts[index], max_tokens=config.max_tokens))
     batch = pad_prompts(prompts, lm.pad)
     token_NT, length_N = lm.pad_captions(rows)
     keys = [table.keys[index] for index in indices]
     return {"prompt": batch.token_NL, "prompt_is_real": batch.is_real_NL, "token": token_NT, "length": length_N, "key": keys}
+
+
+def draw_items(
+    table: CaptionTable, index: int, config: PromptedConfig, generator: Random
+) -> tuple[list[str], PromptConfig]:
+    """What stands before a caption, in its order, and the prompt it stands in; no items for a plain caption."""
+    if generator.random() >= config.prompted_share:
+        return [], config.prompt
+    num = config.prompt.pool or config.prompt.num_items
+    drawn = table.draw_others(index, num, generator, same_image_share=config.same_image_share)
+    if config.words is None or generator.random() >= config.words_share:
+        return arrange_items(drawn, config.prompt, generator), config.prompt
+    words = list(dict.fromkeys(word for text in drawn for word in content_words(text)))
+    generator.shuffle(words)
+    return words[: config.words.num_items], config.words
 
 
 class PromptedBatches:
