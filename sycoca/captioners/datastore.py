@@ -86,7 +86,7 @@ class Datastore:
             logit_NS = temperature * (query_NE @ F.normalize(block_SE, dim=-1).T)
             new_best_N1 = best_N1.maximum(logit_NS.amax(1, keepdim=True))
             kept_N1, weight_NS = (best_N1 - new_best_N1).exp(), (logit_NS - new_best_N1).exp()
-            total_N1 = total_N1 + weight_NS.sum(1, keepdim=True)
+            total_N1 = total_N1 * kept_N1 + weight_NS.sum(1, keepdim=True)
             mean_NE = mean_NE * kept_N1 + weight_NS @ block_SE
             best_N1 = new_best_N1
         return (mean_NE / total_N1).float()
