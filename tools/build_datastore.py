@@ -1,10 +1,8 @@
 #!/usr/bin/env python
 """Build, change and look into a datastore of captions. Each verb takes the datastore's folder first.
 
-    tools/build_datastore.py build data/store --embeddings data/scenes/embeddings --transform l2
     tools/build_datastore.py build data/store --embeddings coco/vit_l14 --aligner runs/aligner.safetensors --index IVF1024,Flat
     tools/build_datastore.py add|swap data/store --texts domain.txt --encoder open_clip:ViT-L-14/openai
-    tools/build_datastore.py filter data/store --min-score 0.4 --origin synthetic
 """
 
 import argparse
@@ -21,23 +19,20 @@ from sycoca.log import set_up_console
 def main() -> dict[str, Any]:
     options = _parse()
     set_up_console(is_main=True)
+    source = RowSource(*(getattr(options, name, None) for name in RowSource._fields))  # filter and inspect have none
     if options.verb == "build":
         plan = BuildPlan(options.transform, options.aligner, options.index, options.probes)
-        datastore = begin_datastore(_source(options), plan, allow_held_out=options.allow_held_out)
+        datastore = begin_datastore(source, plan, allow_held_out=options.allow_held_out)
     else:
         datastore = load_datastore(options.datastore)
     if options.verb in ("add", "swap"):
         change = datastore.extend if options.verb == "add" else datastore.swap
-        change(read_rows(_source(options)), allow_held_out=options.allow_held_out)
-    if options.verb == "filter":
+        change(read_rows(source), allow_held_out=options.allow_held_out)
+    elif options.verb == "filter":
         datastore.filter(rows_to_keep(min_score=options.min_score, origin=options.origin, split=options.split))
     if options.verb != "inspect":
         save_datastore(datastore, options.datastore)
     return datastore.inspect()
-
-
-def _source(options: argparse.Namespace) -> RowSource:
-    return RowSource(options.embeddings, options.split, options.texts, options.encoder)
 
 
 def _parse() -> argparse.Namespace:
@@ -54,8 +49,8 @@ def _parse() -> argparse.Namespace:
         verb.add_argument("--allow-held-out", action="store_true", help="take rows of other splits than train and restval")
     build.add_argument("--transform", nargs="*", default=["l2"], help="of the rows: none l2 centre zscore, in order")
     build.add_argument("--aligner", type=Path, help="take its texts' transform, then l2, instead of --transform")
-    build.add_argument("--index", default=EXACT, help=f"of FAISS; {EXACT} is exact")
-    build.add_argument("--probes", type=int, default=NUM_PROBES, help="lists of an inverted index that are looked into")
+    for name, default, what in (("--index", EXACT, "of FAISS; Flat is exact"), ("--probes", NUM_PROBES, "lists looked into")):
+        build.add_argument(name, type=type(default), default=default, help=what)
     for name, kind in (("--min-score", float), ("--origin", str), ("--split", str)):
         filtering.add_argument(name, type=kind, help="keep rows of it only, or of this score or more")
     return parser.parse_args()

@@ -1,7 +1,8 @@
 """From an embedding store to an aligner of images to texts, and the spaces it is compared with on held-out pairs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +10,40 @@ from pydantic import Field
 from torch import Tensor
 
 from sycoca.captioners.aligner import Method, PairBlock, fit_map
-from sycoca.captioners.embeddings import EmbeddingStore
+from sycoca.captioners.embeddings import EmbeddedBlock, EmbeddingStore
 from sycoca.captioners.linear_aligner import LinearAligner
 from sycoca.captioners.transform import EmbeddingTransform, Kind, fit_transform
 from sycoca.config import Config
 from sycoca.types import DataError
+
+
+class Pairs(Protocol):
+    """Images with their captions, all embedded by one encoder: an EmbeddingStore, or one with captions added."""
+
+    @property
+    def split(self) -> str:
+        """What the pairs are."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the encoder."""
+        ...
+
+    @property
+    def num_texts(self) -> int:
+        """Captions of all images together."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def blocks(self) -> Iterator[EmbeddedBlock]:
+        """The rows in parts, in the same order each time."""
+        ...
+
+    def image_rows(self, rows: Sequence[int], /) -> Tensor:
+        """NE: images by row number."""
+        ...
 
 
 class AlignmentConfig(Config):
@@ -28,13 +58,12 @@ class AlignmentConfig(Config):
     """Of the shuffled pairs."""
 
 
-def fit_image_to_text(train: EmbeddingStore, config: AlignmentConfig, *, is_shuffled: bool = False) -> LinearAligner:
+def fit_image_to_text(train: Pairs, config: AlignmentConfig, *, is_shuffled: bool = False) -> LinearAligner:
     """Transforms and map of the training pairs, each image with each of its captions.
 
     `is_shuffled` gives every image another's captions: a control, that must fail. Raises DataError without captions.
     """
-    if not train.num_texts:
-        raise DataError(f"the split {train.split!r} has no captions, and an aligner is fitted on pairs")
+    _check_captions(train)
     image_transform = fit_transform(config.image_transform, lambda: (block.image_NE for block in train.blocks()))
     text_transform = fit_transform(config.text_transform, lambda: (block.text_NE for block in train.blocks()))
     order = _derange(len(train), config.seed) if is_shuffled else None
@@ -48,6 +77,21 @@ def fit_image_to_text(train: EmbeddingStore, config: AlignmentConfig, *, is_shuf
         source_fingerprint=train.fingerprint,
         target_fingerprint=train.fingerprint,
         method=config.method,
+        num_pairs=train.num_texts,
+    )
+
+
+def join_unmapped(train: Pairs, kinds: list[Kind]) -> LinearAligner:
+    """Images compared with texts as they are but for these transforms: what an aligner must beat. Raises DataError."""
+    _check_captions(train)
+    image_transform = fit_transform(kinds, lambda: (block.image_NE for block in train.blocks()))
+    return LinearAligner(
+        weight_EF=torch.eye(train.image_rows([0]).shape[1], dtype=torch.float64),
+        source_transform=image_transform,
+        target_transform=fit_transform(kinds, lambda: (block.text_NE for block in train.blocks())),
+        source_fingerprint=train.fingerprint,
+        target_fingerprint=train.fingerprint,
+        method="none",
         num_pairs=train.num_texts,
     )
 
@@ -87,7 +131,7 @@ def held_out_pairs(store: EmbeddingStore) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _read_pairs(
-    train: EmbeddingStore, image_transform: EmbeddingTransform, text_transform: EmbeddingTransform, *,
+    train: Pairs, image_transform: EmbeddingTransform, text_transform: EmbeddingTransform, *,
     order: list[int] | None, is_summed: bool,
 ) -> Iterator[PairBlock]:  # fmt: skip
     """Pairs shard by shard, in float64; `order[i]` is the image that stands in for image i. Summed: one row an image."""
@@ -102,6 +146,11 @@ def _read_pairs(
         else:
             yield PairBlock(source_NE[block.image_of_text_N], target_NF)
         start += num
+
+
+def _check_captions(train: Pairs) -> None:
+    if not train.num_texts:
+        raise DataError(f"the split {train.split!r} has no captions, and an aligner is fitted on pairs")
 
 
 def _derange(num: int, seed: int) -> list[int]:

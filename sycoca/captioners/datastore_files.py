@@ -19,7 +19,7 @@ from sycoca.captioners.embeddings import EmbeddingStore
 from sycoca.captioners.encoder import FrozenEncoder
 from sycoca.captioners.row_index import load_index, save_index
 from sycoca.captioners.storage import load_tensors, read_facts, save_tensors
-from sycoca.captioners.text_rows import Origin, Row, TextRows
+from sycoca.captioners.text_rows import Origin, Row, TextRows, source_of
 from sycoca.captioners.transform import from_tensors
 from sycoca.data.shard_writer import save_text
 from sycoca.types import DataError
@@ -67,11 +67,11 @@ def load_datastore(folder: Path) -> Datastore:
 
 
 def rows_of_store(store: EmbeddingStore) -> TextRows:
-    """Every caption of a split of an embedding store, raw, with its image's key as its source."""
+    """Every caption of a split of an embedding store, raw, with its image as its source."""
     rows: list[Row] = []
     blocks = [np.zeros((0, store.embed_width), np.float32)]
     for block in store.blocks():
-        sources = [block.keys[image] for image in block.image_of_text_N.tolist()]
+        sources = [source_of(block.keys[image]) for image in block.image_of_text_N.tolist()]
         rows += [Row(text, source, store.split) for text, source in zip(block.texts, sources, strict=True)]
         blocks.append(block.text_NE.numpy())
     return TextRows(rows, np.concatenate(blocks), store.fingerprint)

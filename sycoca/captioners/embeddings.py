@@ -85,6 +85,14 @@ class EmbeddingStore:
             raise DataError(f"{twice}: two images of this name in the split {self.split!r}; a key names one image")
         return rows
 
+    def check_encoder(self, fingerprint: str) -> None:
+        """Raises DataError unless this is the fingerprint of the encoder whose embeddings these are."""
+        if fingerprint != self.fingerprint:
+            raise DataError(
+                f"this store holds embeddings of the encoder {self.fingerprint} and is used with {fingerprint}: they do not "
+                "belong together. Load the encoder that it was made with, or embed again into another folder"
+            )
+
     def blocks(self) -> Iterator[EmbeddedBlock]:
         """Every shard's rows, in the same order each time."""
         for path, about in self._parts.items():

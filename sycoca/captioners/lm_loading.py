@@ -2,14 +2,29 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from sycoca.captioners.lm import CaptionLM
 from sycoca.captioners.lm_architectures import CausalArchitecture, Seq2SeqArchitecture
+from sycoca.config import Config
 from sycoca.types import ConfigError
+
+
+class LMConfig(Config):
+    """Which language model writes."""
+
+    name: str
+    """Of a transformers model, or its folder."""
+    stops: list[str] = []
+    """Texts of one token that end a caption as eos does."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def load(self, device: torch.device | str) -> CaptionLM:
+        """The frozen model. Raises ConfigError."""
+        return load_lm(self.name, device=device, dtype=getattr(torch, self.dtype), stops=self.stops)
 
 
 def load_lm(

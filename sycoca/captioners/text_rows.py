@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from sycoca.captioners.transform import EmbeddingTransform
-from sycoca.types import DataError
+from sycoca.types import NUMBER_MARK, DataError
 
 Origin = Literal["human", "synthetic"]
 TRAIN_SPLITS = ("train", "restval")
@@ -20,7 +20,7 @@ class Row(NamedTuple):
 
     text: str
     source: str
-    """The image it was written for; empty where there is none."""
+    """The image it was written for (`source_of` a sample's key); empty where there is none."""
     split: str = "train"
     origin: Origin = "human"
     score: float = float("nan")
@@ -35,6 +35,11 @@ class TextRows:
     embedding_SE: NDArray[np.float32]
     fingerprint: str
     """Of the encoder."""
+
+
+def source_of(key: str) -> str:
+    """The image of a sample: `photo#0` and `photo#1` are pairs of one."""
+    return key.partition(NUMBER_MARK)[0]
 
 
 def admit_rows(contents: TextRows, transform: EmbeddingTransform, *, allow_held_out: bool) -> TextRows:
