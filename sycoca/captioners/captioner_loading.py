@@ -7,11 +7,15 @@ import torch
 from PIL import Image
 
 from sycoca.captioners.captioner import LightCaptioner, Written, read_captioner
+from sycoca.captioners.cgtgan import CgTGan
 from sycoca.captioners.recap import ReCap
+from sycoca.captioners.smallcap import SmallCap
 from sycoca.types import DataError
 
 KINDS: dict[str, type[LightCaptioner]] = {
     ReCap.kind: ReCap,
+    SmallCap.kind: SmallCap,
+    CgTGan.kind: CgTGan,
 }
 """Every captioner by its kind."""
 
