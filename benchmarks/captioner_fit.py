@@ -1,11 +1,11 @@
 """What fitting costs: ReCap's linear map against one epoch of SmallCap, on the same stored features.
 
-    OMP_NUM_THREADS=2 python benchmarks/captioner_fit.py configs/captioner/smallcap_scenes.yaml [key.sub=value ...] [--steps 100]
+    OMP_NUM_THREADS=2 python benchmarks/captioner_fit.py configs/captioner/smallcap_scenes.yaml [key.sub=value ...]
 
 Embeddings and patch states are there before either clock starts, and so are datastore and retrieval, which both need. The map
 is fitted --fits times, the median counts; an epoch is --steps of SmallCap's steps, after a warm-up, times what an epoch has
-(--steps 0 takes all of them). Steps run on the GPU where there is one, the map on the CPU. The table goes to standard error; the
-last line of standard output is JSON.
+(--steps 0 takes all of them). Steps run on the GPU where there is one, the map on the CPU. The table goes to standard error;
+the last line of standard output is JSON.
 """
 
 import argparse

@@ -165,6 +165,7 @@ def test_the_discriminator_reads_a_text_alone_as_among_longer_ones():
     assert together.unique().numel() == 3
 
 
+@pytest.mark.slow
 def test_text_alone_is_reconstructed_from_its_own_embedding():
     generator = Generator(build_lm(), EMBED_WIDTH, num_prefix=2)
     task, encoder = ReconstructionTask(generator, is_bf16=False), build_palette()
