@@ -1,8 +1,7 @@
 """From an embedding store to an aligner of images to texts, and the spaces it is compared with on held-out pairs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,40 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from sycoca.captioners.aligner import Method, PairBlock, fit_map
-from sycoca.captioners.embeddings import EmbeddedBlock, EmbeddingStore
+from sycoca.captioners.embeddings import EmbeddingStore, Pairs
 from sycoca.captioners.linear_aligner import LinearAligner
 from sycoca.captioners.transform import EmbeddingTransform, Kind, fit_transform
 from sycoca.config import Config
 from sycoca.types import DataError
-
-
-class Pairs(Protocol):
-    """Images with their captions, all embedded by one encoder: an EmbeddingStore, or one with captions added."""
-
-    @property
-    def split(self) -> str:
-        """What the pairs are."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the encoder."""
-        ...
-
-    @property
-    def num_texts(self) -> int:
-        """Captions of all images together."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def blocks(self) -> Iterator[EmbeddedBlock]:
-        """The rows in parts, in the same order each time."""
-        ...
-
-    def image_rows(self, rows: Sequence[int], /) -> Tensor:
-        """NE: images by row number."""
-        ...
 
 
 class AlignmentConfig(Config):
@@ -66,7 +36,7 @@ def fit_image_to_text(train: Pairs, config: AlignmentConfig, *, is_shuffled: boo
     _check_captions(train)
     image_transform = fit_transform(config.image_transform, lambda: (block.image_NE for block in train.blocks()))
     text_transform = fit_transform(config.text_transform, lambda: (block.text_NE for block in train.blocks()))
-    order = _derange(len(train), config.seed) if is_shuffled else None
+    order = derange(len(train), config.seed) if is_shuffled else None
     read = partial(
         _read_pairs, train, image_transform, text_transform, order=order, is_summed=config.method != "robust"
     )
@@ -153,7 +123,7 @@ def _check_captions(train: Pairs) -> None:
         raise DataError(f"the split {train.split!r} has no captions, and an aligner is fitted on pairs")
 
 
-def _derange(num: int, seed: int) -> list[int]:
+def derange(num: int, seed: int) -> list[int]:
     """A random cycle through all numbers: nobody keeps its own (one alone has to)."""
     cycle = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
     other_N = torch.empty_like(cycle)

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import numpy as np
 
 from sycoca.captioners.datastore import Datastore
-from sycoca.captioners.embeddings import EmbeddingStore
+from sycoca.captioners.embeddings import Pairs
 from sycoca.captioners.encoder import FrozenEncoder
 from sycoca.captioners.row_index import load_index, save_index
 from sycoca.captioners.storage import load_tensors, read_facts, save_tensors
@@ -66,10 +66,10 @@ def load_datastore(folder: Path) -> Datastore:
     return Datastore(contents, from_tensors(about["kinds"], tensors, ""), index)
 
 
-def rows_of_store(store: EmbeddingStore) -> TextRows:
+def rows_of_store(store: Pairs) -> TextRows:
     """Every caption of a split of an embedding store, raw, with its image as its source."""
     rows: list[Row] = []
-    blocks = [np.zeros((0, store.embed_width), np.float32)]
+    blocks: list[np.ndarray] = []
     for block in store.blocks():
         sources = [source_of(block.keys[image]) for image in block.image_of_text_N.tolist()]
         rows += [Row(text, source, store.split) for text, source in zip(block.texts, sources, strict=True)]

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -56,6 +56,40 @@ class EmbeddedBlock(NamedTuple):
     text_NE: Tensor
     image_of_text_N: Tensor
     """Each caption's row of `image_NE`."""
+
+
+class Pairs(Protocol):
+    """Images with their captions, all embedded by one encoder: an EmbeddingStore, or one with captions added."""
+
+    @property
+    def split(self) -> str:
+        """What the pairs are."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the encoder."""
+        ...
+
+    @property
+    def num_texts(self) -> int:
+        """Captions of all images together."""
+        ...
+
+    @property
+    def keys(self) -> list[str]:
+        """The images' names, by row number."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def blocks(self) -> Iterator[EmbeddedBlock]:
+        """The rows in parts, in the same order each time."""
+        ...
+
+    def image_rows(self, rows: Sequence[int], /) -> Tensor:
+        """NE: images by row number."""
+        ...
 
 
 class EmbeddingStore:

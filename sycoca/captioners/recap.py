@@ -15,12 +15,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
-from sycoca.captioners.alignment import AlignmentConfig, Pairs, fit_image_to_text, join_unmapped
+from sycoca.captioners.alignment import AlignmentConfig, fit_image_to_text, join_unmapped
 from sycoca.captioners.candidates import Choice, build_scorer, choose, write_candidates
 from sycoca.captioners.captioner import Written, load_its_encoder, read_captioner, save_captioner
 from sycoca.captioners.datastore import Datastore, build_datastore
 from sycoca.captioners.datastore_files import load_datastore, rows_of_store, save_datastore
-from sycoca.captioners.embeddings import EmbeddingStore
+from sycoca.captioners.embeddings import Pairs
 from sycoca.captioners.encoder import FrozenEncoder
 from sycoca.captioners.linear_aligner import LinearAligner, load_aligner
 from sycoca.captioners.lm import CaptionLM
@@ -144,7 +144,7 @@ def fit_space(train: Pairs, config: ReCapConfig) -> LinearAligner:
 
 
 def build_recap(
-    encoder: FrozenEncoder, lm: CaptionLM, train: EmbeddingStore, aligner: LinearAligner, config: ReCapConfig
+    encoder: FrozenEncoder, lm: CaptionLM, train: Pairs, aligner: LinearAligner, config: ReCapConfig
 ) -> ReCap:
     """A captioner over the training captions. Raises DataError for captions of a held-out split, or too few of them."""
     transform = aligner.target_transform.then_l2()

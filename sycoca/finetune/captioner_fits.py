@@ -8,7 +8,7 @@ from pydantic import ConfigDict
 
 from sycoca.config import Config, load_config
 from sycoca.finetune.cgtgan import CgTGanFit, fit_cgtgan
-from sycoca.finetune.closed_form import ReCapFit, fit_recap
+from sycoca.finetune.closed_form import ReCapFit, SittaFit, fit_recap, fit_sitta
 from sycoca.finetune.smallcap import SmallCapFit, fit_smallcap
 from sycoca.types import ConfigError
 
@@ -26,6 +26,7 @@ FITS: dict[str, Fit] = {
     "recap": Fit(ReCapFit, fit_recap),
     "smallcap": Fit(SmallCapFit, fit_smallcap),
     "cgtgan": Fit(CgTGanFit, fit_cgtgan),
+    "sitta": Fit(SittaFit, fit_sitta),
 }
 
 
