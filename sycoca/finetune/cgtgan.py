@@ -178,7 +178,7 @@ def build_evaluation(
         with evaluating(subject.generator):
             figures, captioned = held_out.measure(write)
         keys = list(captioned.predictions)
-        image_BE = held_out.store.image_rows([held_out.store.row_of_key[key] for key in keys])
+        image_BE = held_out.store.image_rows([held_out.store.row_of_key[key] for key in keys]).to(subject.encoder.device)
         return {**figures, **unpaired.measure(keys, image_BE, list(captioned.predictions.values()))}
 
     return Evaluation(measure, config.evaluate.every, CHOOSE_BY if config.select == "paired" else UNPAIRED)
