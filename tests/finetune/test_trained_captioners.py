@@ -16,13 +16,14 @@ import sycoca
 from sycoca.captioners.captioner import read_fit
 from sycoca.captioners.encoder import hash_weights, load_encoder
 from sycoca.captioners.lm_loading import load_lm
-from sycoca.config import load_config, parse_config
+from sycoca.config import dump_config, load_config, parse_config
 from sycoca.finetune.captioner_fits import FITS
 from sycoca.finetune.cgtgan import CgTGanFit, fit_cgtgan
 from sycoca.finetune.corpus import Corpus, CorpusConfig
 from sycoca.finetune.smallcap import SmallCapFit, fit_smallcap
 from sycoca.types import ConfigError
 from tests.captioners import palette
+from tests.smoke.launching import DDP, run
 
 ROOT = Path(__file__).parents[2]
 TERMS = {"policy_loss", "discriminator_loss", "reward", "semantic", "natural", "rho", "baseline", "real_prob", "written_prob"}
@@ -151,6 +152,21 @@ def test_which_image_a_sentence_was_written_for_changes_no_bit_of_cgtgan(
 
         monkeypatch.setattr(CorpusConfig, "read", read_permuted)
     assert_same(weights_of(tmp_path / "paired"), weights_of(tmp_path / "permuted"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_both_players_and_each_reads_its_own_images(parts: Path, scenes: Path, tmp_path: Path):  # noqa: F811
+    """Through the tool: both stages of one launch, each under DDP, and a folder that is loaded again."""
+    config = cgtgan(parts, scenes, tmp_path / "run", evaluate={"every": 2, "limit": 4})
+    (tmp_path / "two.yaml").write_text(dump_config(config), encoding="utf-8")
+    done = run([*DDP, "tools/captioner.py", "fit", str(tmp_path / "two.yaml")], tmp_path, is_ddp=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "engine DDP, 2 processes" in done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["step"] == 4 and result["selected"]["unpaired"]["num_images"] == 4
+    states = [json.loads((tmp_path / f"run/checkpoints/last/state/rank_{rank}.json").read_text()) for rank in (0, 1)]
+    assert [state["workers"]["0"]["offset"] for state in states] == [6, 6], "two epochs of six images on each"
+    assert sycoca.load_captioner(tmp_path / "run").caption([Image.new("RGB", (40, 30))])
 
 
 def test_sentences_are_drawn_without_regard_to_the_image(tmp_path: Path):
