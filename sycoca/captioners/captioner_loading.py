@@ -7,12 +7,16 @@ import torch
 from PIL import Image
 
 from sycoca.captioners.captioner import LightCaptioner, Written, read_captioner
+from sycoca.captioners.cgtgan import CgTGan
 from sycoca.captioners.recap import ReCap
 from sycoca.captioners.sitta import Sitta
+from sycoca.captioners.smallcap import SmallCap
 from sycoca.types import DataError
 
 KINDS: dict[str, type[LightCaptioner]] = {
     ReCap.kind: ReCap,
+    SmallCap.kind: SmallCap,
+    CgTGan.kind: CgTGan,
     Sitta.kind: Sitta,
 }
 """Every captioner by its kind."""

@@ -135,6 +135,10 @@ class EmbeddingStore:
                 *(torch.from_numpy(np.load(path / f"{name}.npy")) for name in ("images", "texts", "image_of_text")),
             )  # fmt: skip
 
+    def keys_by_part(self) -> list[tuple[Path, list[str]]]:
+        """Each part's folder with its images' keys, in the order of the rows."""
+        return [(path, about["keys"]) for path, about in self._parts.items()]
+
     def image_rows(self, rows: Sequence[int]) -> Tensor:
         """NE: images by row number, in any order."""
         out_NE = np.empty((len(rows), self.embed_width), np.float32)

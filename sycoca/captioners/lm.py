@@ -80,7 +80,8 @@ class CaptionLM(nn.Module):
         """New cross-attention in every layer, reading memory of this width; only it trains. Raises ConfigError."""
         if self.adapters is not None:
             raise ConfigError("this language model has cross-attention adapters already; load it again to add others")
-        self.adapters = CrossAttentionAdapters(self.model, memory_width, reduction=reduction).to(self.device)
+        adapters = CrossAttentionAdapters(self.model, memory_width, reduction=reduction)
+        self.adapters = adapters.to(self.device).train(self.training)
         return self.adapters
 
     # Vocabulary

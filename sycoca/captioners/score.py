@@ -1,5 +1,6 @@
 """Scorers: (image embeddings, candidate texts) -> scores. One object chooses among candidates, filters, rewards and measures.
 
+    CLIP-cos     cos(v, c)
     CLIP-S       2.5 max(cos(v, c), 0)                                  Hessel et al., arXiv 2104.08718
     RefCLIP-S    harmonic mean of CLIP-S and the best cosine to a reference
     aCLIP-S      max(cos((v - m_v) W, c - m_c), 0)                      ReCap: W and the means are an aligner's
@@ -57,6 +58,21 @@ class ClipScorer:
     def __call__(self, image_BE: Tensor, candidates: Texts, references: Texts = (), /) -> Tensor:
         caption_NE = _encode(self._encoder, _flatten(image_BE, candidates), self._prompt)
         return clip_s(_repeat(image_BE, candidates), caption_NE).view(len(candidates), -1)
+
+
+class CosineScorer:
+    """CLIP-cos, of the caption as it is: CgT-GAN's simpler reward."""
+
+    name, needs_references = "CLIP-cos", False
+
+    def __init__(self, encoder: FrozenEncoder):
+        self._encoder = encoder
+
+    @torch.no_grad()
+    def __call__(self, image_BE: Tensor, candidates: Texts, references: Texts = (), /) -> Tensor:
+        caption_NE = self._encoder.encode_text(_flatten(image_BE, candidates))
+        image_NE = _repeat(image_BE, candidates).to(caption_NE)
+        return F.cosine_similarity(image_NE, caption_NE, dim=-1).view(len(candidates), -1)
 
 
 class RefClipScorer:
@@ -134,6 +150,28 @@ class AggregateScorer:
         near_N = 1 - (target_NE - caption_NE).abs().mean(dim=-1)
         score_N = self._cosine_share * F.cosine_similarity(target_NE, caption_NE, dim=-1) + (1 - self._cosine_share) * near_N
         return score_N.view(len(candidates), -1)
+
+
+class AlignedAggregateScorer(AggregateScorer):
+    """CLIP-agg in the space of an aligner: images are mapped there, and the corpus lies there too.
+
+    Raises DataError for a datastore that was not built with the aligner.
+    """
+
+    name = "aCLIP-agg"
+
+    def __init__(
+        self, encoder: FrozenEncoder, datastore: Datastore, aligner: LinearAligner, *, temperature: float,
+        cosine_share: float = 0.5,
+    ):  # fmt: skip
+        super().__init__(encoder, datastore, temperature=temperature, cosine_share=cosine_share)
+        aligner.check_spaces(source=encoder.fingerprint, target=encoder.fingerprint)
+        datastore.check_aligner(aligner)
+        self._aligner = aligner
+
+    def targets(self, image_BE: Tensor) -> Tensor:
+        """BE, in the aligned space."""
+        return super().targets(self._aligner.apply(image_BE))
 
 
 def choose_best(scorer: Scorer, image_BE: Tensor, candidates: Texts) -> list[str]:

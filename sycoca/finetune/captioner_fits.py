@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 from pydantic import ConfigDict
 
 from sycoca.config import Config, load_config
+from sycoca.finetune.cgtgan import CgTGanFit, fit_cgtgan
 from sycoca.finetune.closed_form import ReCapFit, SittaFit, fit_recap, fit_sitta
+from sycoca.finetune.smallcap import SmallCapFit, fit_smallcap
 from sycoca.types import ConfigError
 
 
@@ -22,6 +24,8 @@ class Fit(NamedTuple):
 
 FITS: dict[str, Fit] = {
     "recap": Fit(ReCapFit, fit_recap),
+    "smallcap": Fit(SmallCapFit, fit_smallcap),
+    "cgtgan": Fit(CgTGanFit, fit_cgtgan),
     "sitta": Fit(SittaFit, fit_sitta),
 }
 

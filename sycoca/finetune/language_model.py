@@ -25,6 +25,7 @@ from sycoca.config import Config
 from sycoca.data.caption_texts import read_captions
 from sycoca.data.tokenizer import train_prompt_tokenizer
 from sycoca.distributed import barrier, rank, sum_over_ranks, world_size
+from sycoca.finetune.numbered import Order
 from sycoca.finetune.prompted_captions import CaptionTable, PromptedBatches, PromptedConfig, collate_prompted
 from sycoca.log import logger
 from sycoca.pretrained import find_checkpoint, load_weights
@@ -162,8 +163,8 @@ def build_job(config: TrainLMConfig, table: CaptionTable, task: LanguageModelTas
         evaluation = Evaluation(partial(measure, config, held_out, task), config.evaluate.every, CHOOSE_BY)
 
     def load_batches(position: Any) -> Iterable[Any]:
-        order = {"seed": config.run.seed, "rank": rank(), "world_size": world_size()}
-        return PromptedBatches(table, task.lm, config.data, resume=position, **order)
+        order = Order(config.run.seed, config.data.batch_size, rank(), world_size())
+        return PromptedBatches(table, task.lm, config.data, order, resume=position)
 
     return Job(task, load_batches, describe=lambda folder: task.lm.tokenizer.save_pretrained(str(folder / "tokenizer")),
                evaluation=evaluation)  # fmt: skip

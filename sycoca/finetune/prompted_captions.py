@@ -1,11 +1,9 @@
 """Captions as a language model learns them without images: each behind a prompt of other captions, or behind none."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
-import numpy as np
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
@@ -14,8 +12,8 @@ from sycoca.captioners.prompt import PromptConfig, arrange_items, encode_prompt,
 from sycoca.captioners.words import content_words
 from sycoca.config import Config
 from sycoca.data.decode import CaptionConfig
-from sycoca.data.stream import fingerprint
-from sycoca.types import CheckpointError, DataError
+from sycoca.finetune.numbered import NumberedBatches, Order
+from sycoca.types import DataError
 
 
 class PromptedConfig(Config):
@@ -108,46 +106,11 @@ def draw_items(
     return words[: config.words.num_items], config.words
 
 
-class PromptedBatches:
-    """This rank's endless batches; an epoch is a permutation by (seed, epoch), what is drawn depends on (seed, epoch, key).
+class PromptedBatches(NumberedBatches):
+    """This rank's endless batches of captions behind prompts, in the order of `numbered.py`. Raises as that does."""
 
-    `resume` is what `PositionTracker.state()` gave on this rank. Raises CheckpointError for a `resume` of another order.
-    """
+    def __init__(self, table: CaptionTable, lm: CaptionLM, config: PromptedConfig, order: Order, *, resume: Any):
+        def collate(indices: Sequence[int], generators: Sequence[Random]) -> dict[str, Any]:
+            return collate_prompted(table, indices, lm, config, generators=generators)
 
-    def __init__(
-        self, table: CaptionTable, lm: CaptionLM, config: PromptedConfig, *, seed: int, rank: int, world_size: int, resume: Any
-    ):
-        self.table, self.lm, self.config, self.seed, self.rank, self.world_size = table, lm, config, seed, rank, world_size
-        self.order = fingerprint((seed, rank, world_size, config.batch_size, table.keys))
-        self.resume = resume or {"order": self.order, "workers": {}}
-        if self.resume["order"] not in (None, self.order):
-            raise CheckpointError(
-                "the checkpoint's place in the captions belongs to another order: expected the same seed, batch size, "
-                "number of processes and captions as when it was saved; restore them, or start another run.folder"
-            )
-        if len(table) < world_size:
-            raise DataError(f"{len(table)} captions are too few for {world_size} processes")
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        picked: list[tuple[int, Random]] = []
-        for index, epoch, offset in self._walk():
-            picked.append((index, Random(f"{self.seed}/{epoch}/{self.table.keys[index]}")))
-            if len(picked) == self.config.batch_size:
-                indices, generators = zip(*picked, strict=True)
-                batch = collate_prompted(self.table, indices, self.lm, self.config, generators=generators)
-                yield {**batch, "position": self._position(epoch, offset)}
-                picked = []
-
-    def _walk(self) -> Iterator[tuple[int, int, int]]:
-        """Numbers of captions without end, each with the epoch and how many of it have been used then."""
-        start = self.resume["workers"].get("0", {"epoch": 0, "offset": 0})
-        num_done = start["offset"]
-        for epoch in count(start["epoch"]):
-            order_N = np.random.default_rng((self.seed, epoch)).permutation(len(self.table))
-            for offset, index in enumerate(order_N[self.rank :: self.world_size][num_done:], num_done + 1):
-                yield int(index), epoch, offset
-            num_done = 0
-
-    def _position(self, epoch: int, offset: int) -> dict[str, Any]:
-        stands = {"epoch": epoch, "group": 0, "offset": offset}
-        return {"worker": 0, "num_workers": 1, "order": self.order, **stands, "num_dropped": {}, "worst": None}
+        super().__init__(table.keys, collate, order, resume=resume)

@@ -145,6 +145,9 @@ def test_a_prefix_alone_is_prompt_enough():
     assert condition.prefix_NQD is not None
     first = model(inputs_embeds=condition.prefix_NQD).logits[:, -1].argmax(-1)
     assert torch.equal(written.token_NJT[:, 0, 0], first)
+    beam = GenerationConfig(method="beam", num_beams=1, max_tokens=GREEDY.max_tokens)
+    searched = lm.generate(pad_prompts([[], []], lm.pad), beam, condition)
+    assert torch.equal(searched.token_NJT, written.token_NJT)
 
 
 def test_stop_texts_end_a_caption_with_the_probability_of_all_ends_together():

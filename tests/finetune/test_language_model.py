@@ -15,6 +15,7 @@ from sycoca.config import load_config, parse_config
 from sycoca.data.position import PositionTracker
 from sycoca.data.tokenizer import train_prompt_tokenizer
 from sycoca.finetune.language_model import LanguageModelTask, TrainLMConfig, build_small_lm, train_language_model
+from sycoca.finetune.numbered import Order
 from sycoca.finetune.prompted_captions import CaptionTable, PromptedBatches, PromptedConfig, collate_prompted
 from sycoca.generation import GenerationConfig
 from sycoca.train.optim import build_optimizer
@@ -94,7 +95,7 @@ def test_batches_go_on_where_they_stopped_and_refuse_another_order(tmp_path: Pat
     lm, table = small_lm(tmp_path, config), CaptionTable(CAPTIONS)
 
     def batches(resume: Any = None, *, seed: int = 0) -> PromptedBatches:
-        return PromptedBatches(table, lm, config.data, seed=seed, rank=0, world_size=1, resume=resume)
+        return PromptedBatches(table, lm, config.data, Order(seed, config.data.batch_size, 0, 1), resume=resume)
 
     whole = list(islice(batches(), 5))
     assert sorted(key for batch in whole[:3] for key in batch["key"]) == sorted(table.keys * 2), "two epochs of six"
@@ -153,4 +154,4 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path):
         CaptionTable({"1.jpg": ["a dog"]})
     config = PromptedConfig(texts=[], batch_size=1)
     with pytest.raises(DataError, match="too few for 9 processes"):
-        PromptedBatches(CaptionTable(CAPTIONS), None, config, seed=0, rank=0, world_size=9, resume=None)  # pyright: ignore
+        PromptedBatches(CaptionTable(CAPTIONS), None, config, Order(0, 1, 0, 9), resume=None)  # pyright: ignore
