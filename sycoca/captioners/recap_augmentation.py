@@ -219,4 +219,4 @@ def refit(recap: ReCap, pairs: AugmentedPairs) -> ReCap:
     contents = TextRows([*human.rows, *rows], np.concatenate([human.embedding_SE, *added_SE]), human.fingerprint)
     transform = aligner.target_transform.then_l2()
     datastore = build_datastore(contents, transform, index=config.index, num_probes=config.num_probes)
-    return ReCap(recap.encoder, recap.lm, aligner, datastore, config)
+    return type(recap)(recap.encoder, recap.lm, aligner, datastore, config)
