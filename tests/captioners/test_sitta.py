@@ -114,7 +114,8 @@ def test_the_caption_is_the_candidate_that_the_scorer_rates_highest(choose_by):
             assert sitta.chooser is not None or choose_by == "CLIP-S"
             scorer = ClipScorer(sitta.encoder) if sitta.chooser is None else AlignedScorer(sitta.encoder, sitta.chooser)
             assert row.scores == pytest.approx(scorer(image_E[None], [row.candidates])[0].tolist(), abs=1e-5)
-    assert len({row.caption for row in written}) > 1
+    if choose_by != "likelihood":  # of which no word at all has most, to this language model
+        assert len({row.caption for row in written}) > 1
 
 
 def test_prompts_are_the_words_in_rank_order_and_then_in_random_orders():

@@ -47,7 +47,7 @@ def text_rows(texts: Sequence[str], seed: int = 0) -> Tensor:
 
 def build_encoder(seed: int = 0) -> FrozenEncoder:
     """An image's first pixels are its embedding (`paint` makes it one)."""
-    module = torch.nn.Linear(1, 1)
+    module = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(module.weight, seed)
     towers = Towers(
         module=module, image=lambda image_BCHW: image_BCHW.flatten(1)[:, :E], text=lambda texts: text_rows(texts, seed),
