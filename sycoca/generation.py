@@ -173,7 +173,7 @@ def _search_beams(next_logits: NextLogits, prompt_NT: Tensor, config: Generation
     logit_NV = repeat(next_logits(prompt_NT, None), "n v -> (n j) v", j=num_beams)
     live, pool = _empty_beams(prompt_NT, config, eos=eos), _empty_beams(prompt_NT, config, eos=eos)
     live.score_NJ[:, 0] = 0.0  # all beams start alike: one of them speaks for all
-    is_open_N1 = torch.ones_like(prompt_NT[:, :1], dtype=torch.bool)
+    is_open_N1 = torch.ones((num_rows, 1), dtype=torch.bool, device=prompt_NT.device)
     first_N1 = torch.arange(num_rows, device=prompt_NT.device)[:, None]
     for step in range(config.max_tokens):
         grown, beam_NJ = _grow(live, logit_NV, config, step=step, eos=eos)

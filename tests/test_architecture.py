@@ -15,13 +15,14 @@ LIBRARY = sorted((ROOT / "sycoca").rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 SOURCES = [*LIBRARY, *TOOLS]
 
-LEAVES = {"types", "config", "distributed", "log", "generation"}
+LEAVES = {"types", "config", "distributed", "log", "generation", "similarity"}
 ALLOWED = {
     "types": set(),
     "config": {"types"},
     "distributed": {"types"},
     "log": {"types"},
     "generation": {"types", "config"},
+    "similarity": set(),
     "cli": {"types", "config", "distributed", "log"},
     "results": {"types", "config"},
     "data": LEAVES,
@@ -30,9 +31,9 @@ ALLOWED = {
     "evaluation": {*LEAVES, "data"},
     "pretrained": {*LEAVES, "data", "models"},
     "train": {*LEAVES, "data", "models", "objectives", "evaluation", "pretrained"},
-    "captioners": {*LEAVES, "data", "models"},
+    "captioners": {*LEAVES, "data", "models", "pretrained"},
     "doctor": {*LEAVES, "data", "models", "objectives", "train"},
-    "finetune": {*LEAVES, "data", "models", "objectives", "train", "evaluation", "pretrained"},
+    "finetune": {*LEAVES, "data", "models", "objectives", "train", "evaluation", "pretrained", "captioners"},
 }
 """Which parts of the package a part may import, besides itself."""
 

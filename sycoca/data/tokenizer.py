@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from open_clip.tokenizer import SimpleTokenizer
+from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as WordTokenizer
-from tokenizers import models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -151,10 +151,23 @@ def pad_rows(rows: list[list[int]], num_columns: int, pad: int) -> tuple[Tensor,
 
 def train_word_tokenizer(texts: Iterable[str], folder: Path) -> None:
     """Write a lower-casing tokenizer of the texts' words and punctuation marks, that `build_tokenizer` reads."""
+    _train_words(texts, pre_tokenizers.Whitespace()).save_pretrained(str(folder))
+
+
+def train_prompt_tokenizer(texts: Iterable[str], folder: Path) -> None:
+    """The same for a language model: a line break is a word too (prompts have blank lines), bos precedes every text."""
+    kept = pre_tokenizers.Split(Regex(r"\n|\w+|[^\w\s]+"), behavior="removed", invert=True)
+    tokenizer = _train_words([*texts, "\n"], kept)
+    words, bos = tokenizer.backend_tokenizer, str(tokenizer.bos_token)
+    words.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
+    tokenizer.save_pretrained(str(folder))
+
+
+def _train_words(texts: Iterable[str], pre_tokenizer: pre_tokenizers.PreTokenizer) -> PreTrainedTokenizerFast:
     special = {"pad_token": "[PAD]", "bos_token": "[BOS]", "eos_token": "[EOS]", "unk_token": "[UNK]"}
     words = WordTokenizer(models.WordLevel(unk_token=special["unk_token"]))
     words.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.pre_tokenizer = pre_tokenizer
     trainer = trainers.WordLevelTrainer(special_tokens=list(special.values()), show_progress=False)
     words.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(str(folder))
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special)

@@ -62,10 +62,10 @@ class ShardReading(NamedTuple):
     limit: int | None
     """Batches a process at most; None is all."""
 
-    def open_batches(self, model: Loaded) -> Iterator[Mapping[str, Any]]:
-        """This rank's share, transformed for the model; may be opened again for another. Raises ConfigError, DataError."""
+    def open_batches(self, transform: TransformConfig) -> Iterator[Mapping[str, Any]]:
+        """This rank's share, transformed for a model; may be opened again for another. Raises ConfigError, DataError."""
         settings = {"shards": list(self.shards), "batch_size": self.batch_size, "num_workers": self.num_workers}
-        config = parse_config(DataConfig, {**settings, "transform": model.config.transform}, source="options")
+        config = parse_config(DataConfig, {**settings, "transform": transform}, source="options")
         loader = build_eval_loader(config, rank=rank(), world_size=world_size(), batch_size=self.batch_size)
         return islice(loader, self.limit)
 
@@ -93,10 +93,10 @@ def report_captioner(
     """
     if files.predictions is not None or files.references is not None or not reading.shards:
         raise ConfigError("expected --shards with a checkpoint, and neither --predictions nor --references")
-    captions = caption_batches(reading.open_batches(subject), caption)
+    captions = caption_batches(reading.open_batches(subject.config.transform), caption)
     others = []
     if encoder is not None:
-        others = [ClipScoreEvaluator(reading.open_batches(encoder))(encoder, captions.predictions)]
+        others = [ClipScoreEvaluator(reading.open_batches(encoder.config.transform))(encoder, captions.predictions)]
     if rank() > 0:
         return {}
     if files.out is not None:

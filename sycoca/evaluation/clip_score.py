@@ -5,37 +5,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sycoca.distributed import gather_objects
 from sycoca.evaluation.caption_metrics import PERCENT, CaptionScores, mean_scores
 from sycoca.evaluation.embedding import embed_texts
+from sycoca.similarity import PROMPT, clip_s, ref_clip_s
 from sycoca.types import DataError, DualEncoder
-
-WEIGHT = 2.5
-"""w of the paper: stretches the cosines of CLIP, that lie between 0 and 0.4, to about [0, 1]."""
-PROMPT = "A photo depicts {}"
-"""Before every caption, references too (section 3)."""
-
-
-def clip_s(image_NE: Tensor, caption_NE: Tensor) -> Tensor:
-    """N: w * max(cos(c, v), 0) (section 3), of raw embeddings; float32."""
-    return WEIGHT * F.cosine_similarity(image_NE.float(), caption_NE.float(), dim=-1).clamp_min(0)
-
-
-def ref_clip_s(clip_s_N: Tensor, caption_NE: Tensor, references_NE: Sequence[Tensor]) -> Tensor:
-    """N: the harmonic mean of CLIP-S and max(0, max_r cos(c, r)) (section 3), of raw embeddings; 0 where either is.
-
-    `references_NE[i]` holds the references of caption i, one a row.
-    """
-    nearest = [
-        F.cosine_similarity(caption_E.float(), rows_NE.float(), dim=-1).max()
-        for caption_E, rows_NE in zip(caption_NE, references_NE, strict=True)
-    ]
-    nearest_N = torch.stack(nearest).clamp_min(0)
-    total_N = clip_s_N + nearest_N
-    return torch.where(total_N > 0, 2 * clip_s_N * nearest_N / total_N.clamp_min(torch.finfo(total_N.dtype).tiny), 0)
 
 
 class ClipScoreEvaluator:

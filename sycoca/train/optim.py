@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from sycoca.config import Config
 from sycoca.distributed import split_like
@@ -59,15 +60,17 @@ def build_optimizer(
 
 
 def group_parameters(task: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Every trainable parameter once; decided by the module that owns it, never by its name."""
+    """Every trainable parameter once; decided by the first module that owns it (tied: the embedding), never by its name."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     of_losses: list[nn.Parameter] = []
+    seen: set[nn.Parameter] = set()
     for module in task.modules():
-        is_matrix = isinstance(module, nn.Linear | nn.Conv2d | Vocabulary)
+        is_matrix = isinstance(module, nn.Linear | nn.Conv2d | Conv1D | Vocabulary)
         for parameter in module.parameters(recurse=False):
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or parameter in seen:
                 continue
+            seen.add(parameter)
             if isinstance(module, Objective):
                 of_losses.append(parameter)
             else:

@@ -119,6 +119,13 @@ def start_engine(config: TrainConfig, *, batch_size: int) -> Accelerator:
 
 
 def run_job(config: TrainConfig, job: Job, accelerator: Accelerator) -> dict[str, float | str | int]:
+    """As `train_job`, as the last of this launch: it ends the process group."""
+    figures = train_job(config, job, accelerator)
+    accelerator.end_training()
+    return figures
+
+
+def train_job(config: TrainConfig, job: Job, accelerator: Accelerator) -> dict[str, float | str | int]:
     """Train until the last step, from the last checkpoint if there is one; gives the last evaluation's figures."""
     if config.run.compile:
         compile_blocks(job.task)
@@ -143,7 +150,6 @@ def run_job(config: TrainConfig, job: Job, accelerator: Accelerator) -> dict[str
             trainee.task, follow(job.load_batches(state.positions), state), trainee.optimizer, accelerator=accelerator,
             plan=config.optim, state=state, hooks=hooks,
         )  # fmt: skip
-    accelerator.end_training()
     figures = next((hook.figures for hook in hooks if isinstance(hook, EvaluateHook)), {})
     return {"checkpoint": str(checkpoints(config) / "last"), "step": state.step, **figures}
 

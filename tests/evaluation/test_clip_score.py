@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sycoca.evaluation.clip_score import ClipScoreEvaluator, clip_s, ref_clip_s
+from sycoca.evaluation.clip_score import ClipScoreEvaluator
+from sycoca.similarity import clip_s, ref_clip_s
 from sycoca.types import DataError
 
 DIRECTIONS = {"east": (1.0, 0.0), "north": (0.0, 3.0), "west": (-2.0, 0.0), "slope": (0.6, 0.8), "near": (4.0, 3.0)}

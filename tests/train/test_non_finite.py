@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 from builders import ITC, build_batch, build_task
 
-from sycoca.train.diagnosis.non_finite import NonFiniteHook
+from sycoca.train.diagnosis.non_finite import NonFiniteHook, write_bad_batch
 from sycoca.train.hooks import LogHook, Speed
-from sycoca.train.loop import Hook, TrainState, train
+from sycoca.train.loop import Hook, StepReport, TrainState, train
 from sycoca.train.optim import OptimConfig, build_optimizer
 from sycoca.types import Batch, TrainingError
 
@@ -57,6 +57,14 @@ def test_training_stops_with_the_step_the_losses_and_the_keys(tmp_path: Path):
     written = json.loads(path.read_text(encoding="utf-8"))
     assert path.name == "step_3_rank_0.json" and written["keys_with_bad_pixels"] == ["image_2"]
     assert written["tokens"][1] == build_batch(seed=3)["token"][1, :3].tolist() and written["metrics"]["itc/loss"] is None
+
+
+def test_a_bad_batch_without_images_is_written_down_too(tmp_path: Path):
+    batch = {name: value for name, value in build_batch().items() if name != "image"}
+    report = StepReport(7, batch, {"loss": torch.tensor(torch.nan)}, 0.1, 0.0, is_last=False)  # pyright: ignore
+    write_bad_batch(tmp_path, report, ["loss"])
+    written = json.loads((tmp_path / "step_7_rank_0.json").read_text(encoding="utf-8"))
+    assert written["keys_with_bad_pixels"] == [] and written["keys"] == batch["key"]
 
 
 def test_a_skipped_batch_leaves_finite_weights_and_is_counted_but_not_averaged(tmp_path: Path):

@@ -9,7 +9,7 @@ from sycoca.distributed import gather_objects, rank
 from sycoca.log import logger
 from sycoca.train.loop import StepReport
 from sycoca.train.optim import OptimConfig
-from sycoca.types import TrainingError
+from sycoca.types import Batch, TrainingError
 
 _KEYS_SHOWN = 8
 
@@ -62,14 +62,21 @@ def write_bad_batch(folder: Path, report: StepReport, bad: list[str]) -> None:
     batch = report.batch
     rows = zip(batch["token"].tolist(), batch["length"].tolist(), strict=True)
     metrics = {name: finite_or_none(value.item()) for name, value in report.metrics.items()}
-    is_sound = batch["image"].isfinite().flatten(1).all(dim=1).tolist()
     facts: dict[str, Any] = {
         "step": report.step, "rank": rank(), "lr": report.lr, "not_finite": bad, "metrics": metrics, "keys": batch["key"],
         "tokens": [row[:length] for row, length in rows],
-        "keys_with_bad_pixels": [key for key, sound in zip(batch["key"], is_sound, strict=True) if not sound],
+        "keys_with_bad_pixels": keys_with_bad_pixels(batch),
     }  # fmt: skip
     path = folder / f"step_{report.step}_rank_{rank()}.json"
     path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def keys_with_bad_pixels(batch: Batch) -> list[str]:
+    """Of the images with a pixel that is not finite; of none where a batch holds text or embeddings alone."""
+    if "image" not in batch:
+        return []
+    is_sound = batch["image"].isfinite().flatten(1).all(dim=1).tolist()
+    return [key for key, sound in zip(batch["key"], is_sound, strict=True) if not sound]
 
 
 def describe_ranks(found: list[tuple[list[str], list[str]]]) -> str:

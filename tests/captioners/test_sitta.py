@@ -1,0 +1,155 @@
+"""SITTA in a world where it is known which words an image holds, over three seeds, beside controls that must fail."""
+
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toy_world import build_encoder, make_pairs, paint, toy_lm
+
+from sycoca.captioners.alignment import AlignmentConfig, fit_image_to_text
+from sycoca.captioners.encoder import hash_weights
+from sycoca.captioners.score import AlignedScorer, ClipScorer
+from sycoca.captioners.sitta import Sitta, SittaConfig
+from sycoca.captioners.sitta_maps import TokenMapConfig, fit_token_map, read_token_pairs
+from sycoca.captioners.sitta_report import compare_maps, first_of_each, ndcg, token_ndcg
+from sycoca.captioners.token_vocabulary import TokenVocabulary
+from sycoca.captioners.transform import fit_transform
+from sycoca.captioners.words import content_words
+from sycoca.config import parse_config
+from sycoca.types import ConfigError, DataError
+
+NUM_TRAIN, NUM_HELD_OUT, K = 150, 60, 5
+
+
+def build_sitta(choose_by: str = "CLIP-S", seed: int = 0, **changes: Any) -> Sitta:
+    tree = {
+        "lm": {"name": "toy"}, "prompt": {"template": "sitta", "num_items": K, "max_tokens": 20}, "num_prompts": 6,
+        "generation": {"max_tokens": 6}, "choose_by": choose_by, "token_map": {"templates": ["{}"]},
+    }  # fmt: skip
+    config = parse_config(SittaConfig, tree | changes, source="tests")
+    encoder, train = build_encoder(seed), make_pairs(build_encoder(seed), NUM_TRAIN, seed=seed)
+    token_map = fit_token_map(encoder, train, TokenVocabulary(toy_lm()), config.token_map)
+    chooser = fit_image_to_text(train, AlignmentConfig()) if choose_by == "aCLIP-S" else None
+    return Sitta(encoder, toy_lm(), token_map, chooser, config)
+
+
+@pytest.mark.parametrize("method", ["ols", "ridge", "procrustes", "robust"])
+def test_words_are_found_better_by_pairs_than_by_texts_alone_and_not_at_all_by_controls(method):
+    found = []
+    for seed in range(3):
+        encoder = build_encoder(seed)
+        train, held_out = (make_pairs(encoder, num, seed=seed + num) for num in (NUM_TRAIN, NUM_HELD_OUT))
+        config = TokenMapConfig(method=method, templates=["{}"], seed=seed)
+        found.append(compare_maps(encoder, train, held_out, TokenVocabulary(toy_lm()), config))
+    middle = {name: median(of_seed[name] for of_seed in found) for name in found[0]}
+    assert middle["external"] > middle["lexical"] + 0.01 > middle["random"] + 0.15
+    assert abs(middle["shuffled"] - middle["random"]) < 0.06
+
+
+def test_ndcg_is_that_of_a_plain_loop():
+    random = np.random.default_rng(0)
+    for num in (1, 4, 9):
+        is_relevant_N = random.random(num) < 0.5
+        is_relevant_N[random.integers(num)] = True
+        gained = sum(1 / np.log2(place + 2) for place, is_good in enumerate(is_relevant_N) if is_good)
+        most = sum(1 / np.log2(place + 2) for place in range(sum(is_relevant_N)))
+        assert ndcg(is_relevant_N) == pytest.approx(gained / most)
+    assert ndcg(np.array([True, True, False])) == 1
+    assert first_of_each(np.array([4, 2, 4, 0, 2])).tolist() == [4, 2, 0]
+
+
+def test_pairs_of_an_image_and_its_tokens_are_those_of_a_plain_loop():
+    encoder, vocabulary = build_encoder(), TokenVocabulary(toy_lm())
+    train = make_pairs(encoder, 50, seed=3)
+    transform = fit_transform(["zscore"], lambda: [train.image_NE])
+    rows = list(read_token_pairs(train, vocabulary, transform, order=None, is_summed=False))
+    source_NE, target_NF = (torch.cat([block[side] for block in rows]) for side in (0, 1))
+    expected = []
+    for image, image_E in enumerate(transform(train.image_NE.double())):
+        words = dict.fromkeys(word for text in train.texts[2 * image : 2 * image + 2] for word in content_words(text))
+        expected += [(image_E, vocabulary.embedding_NF[vocabulary.words.index(word)].double()) for word in words]
+    torch.testing.assert_close(source_NE, torch.stack([left for left, _ in expected]))
+    torch.testing.assert_close(target_NF, torch.stack([right for _, right in expected]))
+    sums = list(read_token_pairs(train, vocabulary, transform, order=None, is_summed=True))
+    assert [block.count_N.sum().item() for block in sums] == [len(block.source_NE) for block in rows]
+    torch.testing.assert_close(sum(block.target_NF.sum(0) for block in sums), target_NF.sum(0))
+
+
+def test_targets_are_standardised_over_the_vocabulary_in_fitting_and_in_searching():
+    vocabulary = TokenVocabulary(toy_lm())
+    assert vocabulary.embedding_NF.mean(0).abs().max() < 1e-5
+    rows = list(range(0, len(vocabulary.words), 3))
+    found = vocabulary.search(vocabulary.embedding_NF[rows], 1)
+    assert found == [[vocabulary.words[row]] for row in rows]
+    assert build_sitta().token_map.target_transform.fingerprint == vocabulary.transform.fingerprint
+
+
+def test_words_are_clean_different_and_ranked_by_cosine():
+    vocabulary = TokenVocabulary(toy_lm())
+    query_BF = torch.randn(4, vocabulary.embedding_NF.shape[1])
+    everything = len(vocabulary.different_words)
+    for found, query_F in zip(vocabulary.search(query_BF, everything), query_BF):
+        assert sorted(found) == sorted(set(found)) == sorted(vocabulary.different_words)
+        assert all(word == word.strip().lower() and word for word in found)
+        cosines = torch.nn.functional.cosine_similarity(query_F[None], vocabulary.embedding_NF)
+        assert found[0] == vocabulary.words[cosines.argmax()] and found[-1] == vocabulary.words[cosines.argmin()]
+    with pytest.raises(DataError, match="ask for fewer"):
+        vocabulary.search(query_BF, everything + 1)
+
+
+@pytest.mark.parametrize("choose_by", ["CLIP-S", "aCLIP-S", "likelihood"])
+def test_the_caption_is_the_candidate_that_the_scorer_rates_highest(choose_by):
+    sitta = build_sitta(choose_by)
+    image_NE = make_pairs(sitta.encoder, 5, seed=8).image_NE
+    written = sitta.explain(paint(image_NE), ["a", "b", "c", "d", "e"])
+    assert [row.caption for row in written] == sitta.caption(paint(image_NE), ["a", "b", "c", "d", "e"])
+    assert [row.retrieved for row in written] == sitta.retrieve(image_NE)
+    for row, image_E in zip(written, image_NE):
+        assert len(row.candidates) == len(row.scores) == 6
+        assert row.caption == row.candidates[int(np.argmax(row.scores))]
+        if choose_by != "likelihood":
+            assert sitta.chooser is not None or choose_by == "CLIP-S"
+            scorer = ClipScorer(sitta.encoder) if sitta.chooser is None else AlignedScorer(sitta.encoder, sitta.chooser)
+            assert row.scores == pytest.approx(scorer(image_E[None], [row.candidates])[0].tolist(), abs=1e-5)
+    if choose_by != "likelihood":  # of which no word at all has most, to this language model
+        assert len({row.caption for row in written}) > 1
+
+
+def test_prompts_are_the_words_in_rank_order_and_then_in_random_orders():
+    sitta = build_sitta(num_prompts=4)
+    words = sitta.retrieve(make_pairs(sitta.encoder, 1, seed=8).image_NE)[0]
+    prompts = [sitta.lm.decode_caption(ids).split() for ids in sitta._make_prompts(words, "a key")]
+    assert prompts[0][:K] == words
+    assert len(prompts) == 4 and all(sorted(prompt[:K]) == sorted(words) for prompt in prompts)
+    assert len({tuple(prompt) for prompt in prompts}) > 1
+    assert prompts == [sitta.lm.decode_caption(ids).split() for ids in sitta._make_prompts(words, "a key")]
+
+
+def test_no_graph_is_built_and_no_weight_moves():
+    lm, encoder = toy_lm(), build_encoder()
+    before = hash_weights(lm.model, ()), encoder.fingerprint
+
+    def refuse(tensor: torch.Tensor) -> None:
+        raise AssertionError("a graph was built")
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(refuse, lambda packed: packed):
+        sitta = build_sitta("aCLIP-S")
+        sitta.caption(paint(make_pairs(encoder, 3, seed=1).image_NE), ["a", "b", "c"])
+    assert not sitta.token_map.weight_EF.requires_grad
+    assert before == (hash_weights(lm.model, ()), build_encoder().fingerprint)
+
+
+def test_a_map_of_another_encoder_or_vocabulary_is_refused():
+    sitta = build_sitta()
+    with pytest.raises(DataError, match="do not belong together"):
+        Sitta(build_encoder(3), sitta.lm, sitta.token_map, None, sitta.config)
+    with pytest.raises(DataError, match="aCLIP-S alone needs"):
+        Sitta(sitta.encoder, sitta.lm, sitta.token_map, sitta.token_map, sitta.config)
+    with pytest.raises(ConfigError, match="num_prompts makes the random orders"):
+        parse_config(SittaConfig, {"lm": {"name": "x"}, "prompt": {"order": "permute"}}, source="tests")
+    pairs = replace(make_pairs(build_encoder(), 4, seed=1), texts=["the"] * 8)
+    with pytest.raises(DataError, match="no word of the captions"):
+        token_ndcg(sitta.token_map, sitta.vocabulary, pairs)
