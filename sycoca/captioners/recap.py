@@ -99,7 +99,7 @@ class ReCap:
         ]
         prompts = [[encode_prompt(of_image, config.prompt, self.lm.encode_prompt)] for of_image in items]
         candidates = write_candidates(self.lm, prompts, config.generation, seed=config.seed)
-        return choose(candidates, items, image_BE, self._scorer)
+        return choose(candidates, items, image_BE.to(self.encoder.device), self._scorer)
 
     def retrieve(self, image_BE: Tensor, keys: Sequence[str]) -> list[list[str]]:
         """The texts nearest to each image, best first; none of the image itself. Raises DataError where too few are left."""

@@ -87,7 +87,7 @@ class Sitta:
         words = self.retrieve(image_BE)
         prompts = [self._make_prompts(of_image, key) for of_image, key in zip(words, keys, strict=True)]
         candidates = write_candidates(self.lm, prompts, self.config.generation, seed=self.config.seed)
-        return choose(candidates, words, image_BE, self._scorer)
+        return choose(candidates, words, image_BE.to(self.encoder.device), self._scorer)
 
     def retrieve(self, image_BE: Tensor) -> list[list[str]]:
         """The words nearest to each image, best first."""

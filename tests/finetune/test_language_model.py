@@ -1,5 +1,6 @@
 """The small language model: what it is shown, what it learns, and that its folder is read as any other."""
 
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -11,12 +12,13 @@ from pairs_data import quiet_run  # noqa: F401  a fixture
 
 from sycoca.captioners.lm_loading import load_lm
 from sycoca.captioners.prompt import TEMPLATES, PromptBatch, pad_prompts
+from sycoca.captioners.words import content_words
 from sycoca.config import load_config, parse_config
 from sycoca.data.position import PositionTracker
 from sycoca.data.tokenizer import train_prompt_tokenizer
 from sycoca.finetune.language_model import LanguageModelTask, TrainLMConfig, build_small_lm, train_language_model
 from sycoca.finetune.numbered import Order
-from sycoca.finetune.prompted_captions import CaptionTable, PromptedBatches, PromptedConfig, collate_prompted
+from sycoca.finetune.prompted_captions import CaptionTable, PromptedBatches, PromptedConfig, collate_prompted, draw_items
 from sycoca.generation import GenerationConfig
 from sycoca.train.optim import build_optimizer
 from sycoca.types import CheckpointError, ConfigError, DataError
@@ -69,6 +71,22 @@ def test_a_share_of_the_items_are_of_the_same_image():
     own = sum(items == [CAPTIONS["1.jpg"][1]] for items in drawn)
     assert 160 < own < 240
     assert all(CAPTIONS["1.jpg"][1] not in table.draw_others(0, 2, Random(s), same_image_share=0.0) for s in range(50))
+
+
+def test_a_share_of_the_prompts_is_made_of_content_words_of_the_captions_that_would_stand_there():
+    changes = {"words": {"template": "sitta", "num_items": 3, "max_tokens": 20}, "words_share": 0.5, "prompted_share": 0.8}
+    config = parse_config(PromptedConfig, {"texts": [], **SHARED, **changes}, source="tests")
+    table, drawn = CaptionTable(CAPTIONS), Counter()
+    for seed in range(300):
+        items, prompt = draw_items(table, 0, config, Random(seed))
+        drawn[prompt.template if items else "none"] += 1
+        if prompt.template == "sitta":
+            others = {word for text in table.texts[1:] for word in content_words(text)}
+            assert len(items) == len(set(items)) <= 3 and set(items) <= others
+    assert 40 < drawn["none"] < 80 and 90 < drawn["sitta"] < 150 and 90 < drawn["smallcap"] < 150
+    for wrong in ({"words_share": 0.0}, {"words": None}, {"prompt": {"num_items": 2, "max_tokens": 9}}):
+        with pytest.raises(ConfigError, match="words"):
+            parse_config(PromptedConfig, {"texts": [], **SHARED, **changes, **wrong}, source="tests")
 
 
 def test_a_batch_holds_prompt_and_caption_apart_and_only_the_caption_is_learnt(tmp_path: Path):
