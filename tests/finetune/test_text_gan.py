@@ -186,7 +186,10 @@ def test_word_pairs_that_nobody_writes_cost_an_unpaired_checkpoint():
     unpaired = Unpaired(rate_letters, ["a red dog", "the red car"])
     assert unpaired.seen_share(["a red car"]) == 1
     assert unpaired.seen_share(["a red red dog"]) == pytest.approx(4 / 5)
+    asked: list[str] = []
+    unpaired = Unpaired(lambda keys, *rest: (asked.extend(keys), rate_letters(keys, *rest))[1], ["a red dog", "the red car"])
     figures = unpaired.measure(["k0"], torch.zeros(1, 3), ["the the car"])
+    assert asked == ["held out/k0"], "no training image of that name is meant"
     assert figures["unpaired"] == pytest.approx(figures["semantic"] * 2 / 4)
 
 
