@@ -108,7 +108,7 @@ def check(config: CgTGanFit, accelerator: Accelerator) -> None:
     """What the parts cannot check alone. Raises ConfigError."""
     for plan in (config.optim, config.initialise.optim):
         if config.run.compile or plan.num_chunks > 1 or plan.layer_decay != 1 or config.run.grad_norms_every:
-            raise ConfigError("leave out run.compile, run.grad_norms_every, optim.num_chunks, optim.layer_decay: not for CgT-GAN")
+            raise ConfigError("leave out run.compile and grad_norms_every, optim.num_chunks and layer_decay: not for CgT-GAN")
     if accelerator.state.deepspeed_plugin is not None or accelerator.is_fsdp2:
         raise ConfigError("CgT-GAN trains in two runs of one launch: use one process or DDP, not DeepSpeed or FSDP2")
 
