@@ -85,6 +85,23 @@ def test_the_policy_gradient_is_the_exact_one_over_all_captions(baseline: Litera
     assert 0 < figures["ended_share"] < 1
 
 
+@pytest.mark.parametrize("baseline", ["greedy", "mean"])
+def test_a_caption_is_rated_against_the_greedy_one_or_the_mean_of_the_others(baseline: Literal["greedy", "mean"]):
+    task, batch = build_task(std=0.3, baseline=baseline, num_samples=3, max_tokens=4), build_batch(2)
+    torch.manual_seed(4)
+    _, figures = task(batch)
+    torch.manual_seed(4)
+    drawn, log_prob_BJ = task._draw(batch["embedding"])
+    lm = task.generator.lm
+    reward_BJ = rate_letters(None, batch["embedding"], lm.decode_texts(drawn))
+    greedy = lm.decode_texts(task.generator.write(batch["embedding"], GenerationConfig(max_tokens=4)))
+    others = [[(sum(row) - row[j]) / 2 for j in range(3)] for row in reward_BJ.tolist()]
+    base_BJ = rate_letters(None, batch["embedding"], greedy) if baseline == "greedy" else torch.tensor(others)
+    expected = -((reward_BJ - base_BJ) * log_prob_BJ).mean()
+    assert figures["policy_loss"].item() == pytest.approx(expected.item(), abs=1e-5) and abs(expected) > 1e-3
+    assert reward_BJ.std() > 0.1
+
+
 def test_no_player_learns_from_the_other_s_loss():
     task = build_task(num_samples=3, max_tokens=4)
     _, figures = task(build_batch(2))
