@@ -108,9 +108,9 @@ def check(config: CgTGanFit, accelerator: Accelerator) -> None:
     """What the parts cannot check alone. Raises ConfigError."""
     for plan in (config.optim, config.initialise.optim):
         if config.run.compile or plan.num_chunks > 1 or plan.layer_decay != 1 or config.run.grad_norms_every:
-            raise ConfigError("run.compile, run.grad_norms_every, optim.num_chunks, optim.layer_decay: not for CgT-GAN")
+            raise ConfigError("leave out run.compile and grad_norms_every, optim.num_chunks and layer_decay: not for CgT-GAN")
     if accelerator.state.deepspeed_plugin is not None or accelerator.is_fsdp2:
-        raise ConfigError("CgT-GAN trains two players in turn of two runs: launch one process or DDP, not DeepSpeed or FSDP2")
+        raise ConfigError("CgT-GAN trains in two runs of one launch: use one process or DDP, not DeepSpeed or FSDP2")
 
 
 def build_generator(config: CgTGanFit, encoder: FrozenEncoder) -> Generator:
@@ -177,9 +177,12 @@ def build_evaluation(
     def measure() -> dict[str, float]:
         with evaluating(subject.generator):
             figures, captioned = held_out.measure(write)
+        started = time.perf_counter()
         keys = list(captioned.predictions)
         image_BE = held_out.store.image_rows([held_out.store.row_of_key[key] for key in keys]).to(subject.encoder.device)
-        return {**figures, **unpaired.measure(keys, image_BE, list(captioned.predictions.values()))}
+        figures |= unpaired.measure(keys, image_BE, list(captioned.predictions.values()))
+        held_out.seconds += time.perf_counter() - started
+        return figures
 
     return Evaluation(measure, config.evaluate.every, CHOOSE_BY if config.select == "paired" else UNPAIRED)
 

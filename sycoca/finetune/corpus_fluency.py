@@ -13,7 +13,7 @@ from sycoca.finetune.text_rewards import Rate
 UNPAIRED = "unpaired"
 """The figure: the mean semantic reward, times the share of the captions' word pairs that the corpus has, which falls where a
 reward is won by words that nobody puts beside each other. (The discriminator changes and cannot compare checkpoints.)"""
-_PREFIX = "eval/"
+_PREFIX, _HELD_OUT = "eval/", "held out"
 
 _START, _END = "<start>", "<end>"
 
@@ -32,7 +32,8 @@ class Unpaired:
 
     def measure(self, keys: Sequence[str], image_BE: Tensor, captions: Sequence[str]) -> dict[str, float]:
         """`semantic`, `seen_share` and their product."""
-        semantic = self._rate(keys, image_BE, [[caption] for caption in captions]).mean().item()
+        names = [f"{_HELD_OUT}/{key}" for key in keys]  # a reward may remember training images of the same names
+        semantic = self._rate(names, image_BE, [[caption] for caption in captions]).mean().item()
         seen = self.seen_share(captions)
         return {"semantic": semantic, "seen_share": seen, UNPAIRED: semantic * seen}
 

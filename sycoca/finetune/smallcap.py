@@ -26,6 +26,7 @@ from sycoca.captioners.prompt import PromptBatch, PromptConfig, arrange_items, e
 from sycoca.captioners.smallcap import SmallCap, SmallCapConfig, build_smallcap
 from sycoca.config import Config
 from sycoca.distributed import gather_uneven_rows, rank, sum_over_ranks, world_size
+from sycoca.evaluation.ptb_tokenizer import tokenize_caption
 from sycoca.finetune.closed_form import PairsConfig
 from sycoca.finetune.numbered import NumberedBatches, Order
 from sycoca.finetune.stored_captioning import CHOOSE_BY, EvaluateStoredConfig, StoredImages, open_held_out
@@ -159,7 +160,7 @@ def fit_smallcap(config: SmallCapFit) -> dict[str, Any]:
 def check(config: SmallCapFit, accelerator: Accelerator) -> None:
     """What the parts cannot check alone. Raises ConfigError."""
     if config.run.compile or config.optim.num_chunks > 1 or config.optim.layer_decay != 1 or config.run.grad_norms_every:
-        raise ConfigError("run.compile, run.grad_norms_every, optim.num_chunks, optim.layer_decay: not for SmallCap")
+        raise ConfigError("leave out run.compile, run.grad_norms_every, optim.num_chunks, optim.layer_decay: not for SmallCap")
     if config.data.pool is not None and config.data.pool < config.captioner.prompt.num_items:
         raise ConfigError(f"data.pool is {config.data.pool}, fewer than captioner.prompt.num_items; raise it, or leave it out")
     if not config.data.patches and not config.pairs.shards:
@@ -195,15 +196,18 @@ def open_patches(config: SmallCapFit, encoder: FrozenEncoder, store: EmbeddingSt
 
 
 def measure(config: SmallCapFit, captioner: SmallCap, images: StoredImages, patches: PatchSource) -> dict[str, float]:
-    """The scores of the captioner as it stands."""
+    """The scores of the captioner as it stands; `copied_share` of its captions stood in their own prompt, word by word."""
+    is_copied: list[bool] = []
 
     def write(row_N: Tensor, keys: Sequence[str]) -> list[str]:
         with precision(captioner.lm.device, is_bf16=config.run.is_bf16):
             written = captioner.write(images.store.image_rows(row_N.tolist()), patches(keys), keys)
+        is_copied.extend(tokenize_caption(one.caption) in map(tokenize_caption, one.retrieved) for one in written)
         return [one.caption for one in written]
 
     was_training = captioner.adapters.training
     captioner.adapters.eval()
     figures, _ = images.measure(write)
     captioner.adapters.train(was_training)
-    return figures
+    num_copied = sum_over_ranks(torch.tensor(float(sum(is_copied)), device=captioner.lm.device)).item()
+    return {**figures, "copied_share": num_copied / figures["num_images"]}

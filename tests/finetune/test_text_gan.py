@@ -85,6 +85,23 @@ def test_the_policy_gradient_is_the_exact_one_over_all_captions(baseline: Litera
     assert 0 < figures["ended_share"] < 1
 
 
+@pytest.mark.parametrize("baseline", ["greedy", "mean"])
+def test_a_caption_is_rated_against_the_greedy_one_or_the_mean_of_the_others(baseline: Literal["greedy", "mean"]):
+    task, batch = build_task(std=0.3, baseline=baseline, num_samples=3, max_tokens=4), build_batch(2)
+    torch.manual_seed(4)
+    _, figures = task(batch)
+    torch.manual_seed(4)
+    drawn, log_prob_BJ = task._draw(batch["embedding"])
+    lm = task.generator.lm
+    reward_BJ = rate_letters(None, batch["embedding"], lm.decode_texts(drawn))
+    greedy = lm.decode_texts(task.generator.write(batch["embedding"], GenerationConfig(max_tokens=4)))
+    others = [[(sum(row) - row[j]) / 2 for j in range(3)] for row in reward_BJ.tolist()]
+    base_BJ = rate_letters(None, batch["embedding"], greedy) if baseline == "greedy" else torch.tensor(others)
+    expected = -((reward_BJ - base_BJ) * log_prob_BJ).mean()
+    assert figures["policy_loss"].item() == pytest.approx(expected.item(), abs=1e-5) and abs(expected) > 1e-3
+    assert reward_BJ.std() > 0.1
+
+
 def test_no_player_learns_from_the_other_s_loss():
     task = build_task(num_samples=3, max_tokens=4)
     _, figures = task(build_batch(2))
@@ -186,7 +203,10 @@ def test_word_pairs_that_nobody_writes_cost_an_unpaired_checkpoint():
     unpaired = Unpaired(rate_letters, ["a red dog", "the red car"])
     assert unpaired.seen_share(["a red car"]) == 1
     assert unpaired.seen_share(["a red red dog"]) == pytest.approx(4 / 5)
+    asked: list[str] = []
+    unpaired = Unpaired(lambda keys, *rest: (asked.extend(keys), rate_letters(keys, *rest))[1], ["a red dog", "the red car"])
     figures = unpaired.measure(["k0"], torch.zeros(1, 3), ["the the car"])
+    assert asked == ["held out/k0"], "no training image of that name is meant"
     assert figures["unpaired"] == pytest.approx(figures["semantic"] * 2 / 4)
 
 
