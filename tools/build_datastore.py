@@ -19,7 +19,7 @@ from sycoca.log import set_up_console
 def main() -> dict[str, Any]:
     options = _parse()
     set_up_console(is_main=True)
-    source = RowSource(*(getattr(options, name, None) for name in RowSource._fields))  # filter and inspect have none
+    source = RowSource._make(getattr(options, name, None) for name in RowSource._fields)  # filter and inspect have none
     if options.verb == "build":
         plan = BuildPlan(options.transform, options.aligner, options.index, options.probes)
         datastore = begin_datastore(source, plan, allow_held_out=options.allow_held_out)

@@ -145,9 +145,10 @@ class Seq2SeqArchitecture(Architecture):
         super().__init__(model, source)
         config = model.config
         start = config.decoder_start_token_id
-        self.start = start if start is not None else getattr(config, "bos_token_id", None)
-        if self.start is None:
+        start = start if start is not None else getattr(config, "bos_token_id", None)
+        if start is None:
             raise ConfigError(f"{source}: expected decoder_start_token_id or bos_token_id in its config.json, found neither")
+        self.start: int = start
 
     def begin(self, token_NL: Tensor, embedding_NLD: Tensor, is_real_NL: Tensor, *, ends: Ends, memory: Memory | None
               ) -> tuple[Step, Tensor]:  # fmt: skip

@@ -177,7 +177,7 @@ class AlignedAggregateScorer(AggregateScorer):
 def choose_best(scorer: Scorer, image_BE: Tensor, candidates: Texts) -> list[str]:
     """Each image's candidate of the highest score, the first of equals."""
     best_B = scorer(image_BE, candidates).argmax(dim=1).tolist()
-    return [candidates[image][best] for image, best in enumerate(best_B)]
+    return [candidates[image][int(best)] for image, best in enumerate(best_B)]
 
 
 def _flatten(image_BE: Tensor, candidates: Texts) -> list[str]:

@@ -53,7 +53,7 @@ class Discriminator(nn.Module):
     def forward(self, texts: Sequence[str]) -> Tensor:
         """N float32: logits, above 0 for a text that a person wrote."""
         rows = [self._tokenizer.encode(text)[: self._max_tokens] or [self._filler] for text in texts]
-        width, device = max(map(len, rows)), self.head[0].weight.device
+        width, device = max(map(len, rows)), next(self.parameters()).device
         token_NL = torch.tensor([row + [self._filler] * (width - len(row)) for row in rows], device=device)
         length_N1 = torch.tensor([[len(row)] for row in rows], device=device)
         is_real_NL = torch.arange(width, device=device) < length_N1
@@ -69,10 +69,11 @@ def build_discriminator(config: DiscriminatorConfig, lm: CaptionLM) -> Discrimin
     if config.small is not None:
         encoder, tokenizer = _build_small(config.small, len(lm.tokenizer), max_tokens=config.max_tokens), lm.tokenizer
     else:
+        name = str(config.name)
         try:
-            encoder, tokenizer = AutoModel.from_pretrained(config.name), AutoTokenizer.from_pretrained(config.name)
+            encoder, tokenizer = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"discriminator.name: {config.name}: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"discriminator.name: {name}: {' '.join(str(error).split())}") from error
     discriminator = Discriminator(encoder, tokenizer, hidden=config.hidden, max_tokens=config.max_tokens)
     return discriminator.to(lm.device).train()
 
@@ -80,7 +81,8 @@ def build_discriminator(config: DiscriminatorConfig, lm: CaptionLM) -> Discrimin
 def _build_small(config: SmallEncoderConfig, vocab_size: int, *, max_tokens: int) -> Any:
     if config.width % config.num_heads:
         raise ConfigError(f"discriminator.small: a width of {config.width} does not divide into {config.num_heads} heads")
-    shape = {"hidden_size": config.width, "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads}
-    shape |= {"intermediate_size": 4 * config.width, "vocab_size": vocab_size, "max_position_embeddings": max_tokens}
-    dropout = {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
-    return BertModel(BertConfig(**shape, **dropout), add_pooling_layer=False)
+    shape: dict[str, Any] = {"hidden_size": config.width, "num_hidden_layers": config.num_layers}
+    shape |= {"num_attention_heads": config.num_heads, "intermediate_size": 4 * config.width}
+    shape |= {"vocab_size": vocab_size, "max_position_embeddings": max_tokens}
+    shape |= {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
+    return BertModel(BertConfig(**shape), add_pooling_layer=False)
