@@ -61,4 +61,5 @@ if __name__ == "__main__":
         found = run_steps(num_chunks=2)
         if rank() == 0:
             torch.save(found, Path(sys.argv[1]) / f"stage_{stage}.pt")
+    torch.distributed.barrier()  # none leaves while another still writes: its own end would be an abort
     torch.distributed.destroy_process_group()

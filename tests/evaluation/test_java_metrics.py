@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,7 +19,7 @@ PREDICTIONS, REFERENCES = {"b": "A dog.", "a": "The cat!"}, {"a": ["a cat", "cat
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A pycocoevalcap whose jars are empty, and a java that is this Python."""
     folder = tmp_path / "pycocoevalcap"
     for path in (METEOR_JAR, SPICE_JAR, *SPICE_MODELS):
@@ -29,7 +30,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in [name for name in sys.modules if name.startswith("pycocoevalcap")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(java_metrics.shutil, "which", lambda _: sys.executable)
-    return folder
+    yield folder
+    for name in [name for name in sys.modules if name.startswith("pycocoevalcap")]:
+        del sys.modules[name]  # other tests of this process must not find it
 
 
 def test_without_java_both_are_named(monkeypatch: pytest.MonkeyPatch):

@@ -88,7 +88,7 @@ def test_every_question_has_the_same_answer_at_any_number_of_processes(tmp_path:
     assert answered["answer"] == rows[0][0]["answer"]
 
 
-@pytest.mark.parametrize("launcher", ["DDP", "ZeRO-3"])
+@pytest.mark.parametrize("launcher", ["DDP", pytest.param("ZeRO-3", marks=pytest.mark.soak)])
 def test_images_are_classified_alike_at_any_number_of_processes(tmp_path: Path, finetune, launcher: str):
     write_images(tmp_path / "images", num_each=3)
     tree = {

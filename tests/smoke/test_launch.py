@@ -19,8 +19,8 @@ pytestmark = pytest.mark.slow
 
 PLAINLY = ["plain", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
 OFFLOADED = ["ZeRO-2 with offload", "ZeRO-3 with offload"]
-SOAKED = [pytest.param("ZeRO-2 with offload", marks=pytest.mark.soak)]
-ENGINES = [*PLAINLY, "FSDP2", "ZeRO-3 with offload", *SOAKED]
+SOAKED = [pytest.param(engine, marks=pytest.mark.soak) for engine in OFFLOADED]
+ENGINES = [*PLAINLY, "FSDP2", *SOAKED]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_a_launch_says_what_it_is_and_leaves_figures_samples_and_a_checkpoint_th
     assert subject.encode_image([Image.new("RGB", (40, 30))]).isfinite().all()
 
 
-@pytest.mark.parametrize("engine", ["ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2", "ZeRO-3 with offload", *SOAKED])
+@pytest.mark.parametrize("engine", ["ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2", *SOAKED])
 def test_every_engine_gives_the_losses_and_weights_of_ddp(engine: str, runs):
     """Also shows that clipping and batch size reach DeepSpeed: the gradient is clipped in every step."""
     expected, found = losses(runs("DDP")[0]), losses(runs(engine)[0])
@@ -79,12 +79,12 @@ def test_every_engine_gives_the_losses_and_weights_of_ddp(engine: str, runs):
         torch.testing.assert_close(others[name], value, rtol=1e-3, atol=1e-4)
 
 
-KILLED_ELSEWHERE = ["DDP", "ZeRO-1", "ZeRO-2"]
+LAUNCHED_IN_SOAKS = ["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", *OFFLOADED]
 """DDP and ZeRO-2 are killed and resumed in tests/distributed/ in every run of the tests."""
 
 
 @pytest.mark.parametrize(
-    "engine", ["plain", "ZeRO-3", *(pytest.param(name, marks=pytest.mark.soak) for name in (*KILLED_ELSEWHERE, *OFFLOADED))]
+    "engine", ["plain", *(pytest.param(engine, marks=pytest.mark.soak) for engine in LAUNCHED_IN_SOAKS)]
 )
 def test_an_interrupted_run_goes_on_with_bit_identical_losses(engine: str, runs, launchers, data: Path, tmp_path: Path):
     """Six steps, against six of which those after the checkpoint at step 3 are lost and run again."""
@@ -140,7 +140,7 @@ def test_two_nodes_train_as_one_run_of_two_processes(name: str, engine: str, run
         assert others == pytest.approx(values, rel=1e-4)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_resuming_is_exact_with_random_masks_dropout_and_loader_processes(num_workers: int, data: Path, tmp_path: Path):
     overrides = [
         f"data.num_workers={num_workers}", "objectives.tg_mim.mask=random", "model.text.dropout=0.1", "evaluate.every=0",
@@ -155,6 +155,7 @@ def test_resuming_is_exact_with_random_masks_dropout_and_loader_processes(num_wo
     assert all(values == whole[step] for step, values in losses(tmp_path / "resumed"))
 
 
+@pytest.mark.soak
 def test_zero_3_keeps_frozen_weights(launchers, data: Path, tmp_path: Path):
     pretrain(
         launchers["ZeRO-3"], data, tmp_path, "model.locked=[vision]", "optim.num_steps=1", "run.sample_every=0",
@@ -163,7 +164,8 @@ def test_zero_3_keeps_frozen_weights(launchers, data: Path, tmp_path: Path):
     assert sycoca.load(tmp_path).encode_image([Image.new("RGB", (32, 32))]).isfinite().all()
 
 
-@pytest.mark.parametrize("engine", [pytest.param("DDP", marks=pytest.mark.soak), "ZeRO-3"])
+@pytest.mark.soak
+@pytest.mark.parametrize("engine", ["DDP", "ZeRO-3"])
 def test_chunks_change_no_loss(engine: str, runs, launchers, data: Path, tmp_path: Path):
     overrides = ("run.sample_every=0", "optim.num_steps=3", "optim.num_chunks=2")
     pretrain(launchers[engine], data, tmp_path, *overrides)
