@@ -36,7 +36,7 @@ def nodes(launch_file: str, port: int) -> list[tuple[list[str], dict[str, str]]]
     """The commands of two nodes of one process each on this machine, up to the configuration, and their environments."""
     shared = {"NUM_NODES": "2", "GPUS_PER_NODE": "1", "MAIN_IP": "127.0.0.1", "MAIN_PORT": str(port)}
     command = ["bash", str(ROOT / "launch/multi_node.sh"), launch_file]
-    return [(command, shared | {"NODE_RANK": str(number), "ACCELERATE": str(BIN / "accelerate")}) for number in range(2)]
+    return [(command, shared | {"NODE_RANK": str(number), "PYTHON": sys.executable}) for number in range(2)]
 
 
 def environment(data: Path) -> dict[str, str]:
