@@ -63,7 +63,9 @@ def vqa_tree(source: dict[str, Any], mode: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("mode", "launcher"), [("classify", "DDP"), ("classify", "ZeRO-3"), ("generate", "DDP")])
+@pytest.mark.parametrize(
+    ("mode", "launcher"), [("classify", "DDP"), pytest.param("classify", "ZeRO-3", marks=pytest.mark.soak), ("generate", "DDP")]
+)
 def test_the_accuracy_of_answers_is_the_same_at_any_number_of_processes(tmp_path: Path, finetune, mode: str, launcher: str):
     tree = vqa_tree(write_questions(tmp_path), mode)
     figures = finetune("plain", "finetune_vqa", tree)
