@@ -21,6 +21,11 @@ NUMBER_MARK = "#"
 """In a key, what follows it numbers the captions of one image: `photo#0` and `photo#1` are pairs of the same image."""
 
 
+def image_of(key: str) -> str:
+    """The image of a sample, by its key: without what numbers the pairs of one."""
+    return key.partition(NUMBER_MARK)[0]
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the dotted path and what to do."""
 

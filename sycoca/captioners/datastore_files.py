@@ -19,10 +19,10 @@ from sycoca.captioners.embeddings import Pairs
 from sycoca.captioners.encoder import FrozenEncoder
 from sycoca.captioners.row_index import load_index, save_index
 from sycoca.captioners.storage import load_tensors, read_facts, save_tensors
-from sycoca.captioners.text_rows import Origin, Row, TextRows, source_of
+from sycoca.captioners.text_rows import Origin, Row, TextRows
 from sycoca.captioners.transform import from_tensors
 from sycoca.data.shard_writer import save_text
-from sycoca.types import DataError
+from sycoca.types import DataError, image_of
 
 KIND = "datastore"
 _TRANSFORM = "datastore transform"
@@ -71,7 +71,7 @@ def rows_of_store(store: Pairs) -> TextRows:
     rows: list[Row] = []
     blocks: list[np.ndarray] = []
     for block in store.blocks():
-        sources = [source_of(block.keys[image]) for image in block.image_of_text_N.tolist()]
+        sources = [image_of(block.keys[image]) for image in block.image_of_text_N.tolist()]
         rows += [Row(text, source, store.split) for text, source in zip(block.texts, sources, strict=True)]
         blocks.append(block.text_NE.numpy())
     return TextRows(rows, np.concatenate(blocks), store.fingerprint)

@@ -27,10 +27,9 @@ from sycoca.captioners.lm import CaptionLM
 from sycoca.captioners.lm_loading import LMConfig
 from sycoca.captioners.prompt import PromptConfig, arrange_items, encode_prompt
 from sycoca.captioners.row_index import EXACT, NUM_PROBES
-from sycoca.captioners.text_rows import source_of
 from sycoca.config import Config, parse_config
 from sycoca.generation import GenerationConfig
-from sycoca.types import DataError
+from sycoca.types import DataError, image_of
 
 _ALIGNER, _DATASTORE = "aligner.safetensors", "datastore"
 
@@ -108,12 +107,12 @@ class ReCap:
         if self.config.space == "random":
             return [self._draw(key) for key in keys]
         query_NE = F.normalize(self.aligner.apply(image_BE), dim=-1)
-        excluded = [[source_of(key)] if key else [] for key in keys]
+        excluded = [[image_of(key)] if key else [] for key in keys]
         return self.datastore.texts(self.datastore.search(query_NE, self.num_found, exclude_sources=excluded).row_NK)
 
     def _draw(self, key: str) -> list[str]:
         """Texts of any other image."""
-        rows = [row.text for row in self.datastore.rows if not key or row.source != source_of(key)]
+        rows = [row.text for row in self.datastore.rows if not key or row.source != image_of(key)]
         if len(rows) < self.num_found:
             raise DataError(f"{key}: {self.num_found} captions asked, and the datastore has {len(rows)} of other images")
         return Random(f"random/{self.config.seed}/{key}").sample(rows, self.num_found)

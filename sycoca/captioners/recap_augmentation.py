@@ -20,11 +20,11 @@ from sycoca.captioners.datastore_files import rows_of_store
 from sycoca.captioners.embeddings import EmbeddedBlock, Pairs
 from sycoca.captioners.linear_aligner import LinearAligner
 from sycoca.captioners.recap import ReCap, fit_space
-from sycoca.captioners.text_rows import Row, TextRows, source_of
+from sycoca.captioners.text_rows import Row, TextRows
 from sycoca.config import Config
 from sycoca.log import JsonlTracker, logger
 from sycoca.similarity import clip_s, positive_cosine
-from sycoca.types import DataError
+from sycoca.types import DataError, image_of
 
 Judge = Callable[[ReCap], float]
 """Measures a captioner on held-out images; more is better."""
@@ -188,7 +188,7 @@ def draw_others(added: Sequence[Added], train: Pairs, *, seed: str) -> list[Adde
     """In place of each caption a human one of another image, with a score that nothing has looked at."""
     generator = Random(seed)
     texts = [
-        (source_of(block.keys[image]), text, text_E)
+        (image_of(block.keys[image]), text, text_E)
         for block in train.blocks()
         for image, text, text_E in zip(block.image_of_text_N.tolist(), block.texts, block.text_NE, strict=True)
     ]
@@ -197,7 +197,7 @@ def draw_others(added: Sequence[Added], train: Pairs, *, seed: str) -> list[Adde
     drawn = []
     for item in added:
         source, text, text_E = generator.choice(texts)
-        while source == source_of(train.keys[item.image]):
+        while source == image_of(train.keys[item.image]):
             source, text, text_E = generator.choice(texts)
         drawn.append(Added(item.image, text, float("nan"), text_E))
     return drawn
@@ -214,7 +214,7 @@ def refit(recap: ReCap, pairs: AugmentedPairs) -> ReCap:
     """The same captioner with map and datastore of these pairs; synthetic rows say so, and keep their score."""
     aligner, config = fit_space(pairs, recap.config), recap.config
     human = rows_of_store(pairs.human)
-    rows = [Row(item.text, source_of(pairs.keys[item.image]), pairs.split, "synthetic", item.score) for item in pairs.added]
+    rows = [Row(item.text, image_of(pairs.keys[item.image]), pairs.split, "synthetic", item.score) for item in pairs.added]
     added_SE = [item.text_E.numpy()[None] for item in pairs.added]
     contents = TextRows([*human.rows, *rows], np.concatenate([human.embedding_SE, *added_SE]), human.fingerprint)
     transform = aligner.target_transform.then_l2()

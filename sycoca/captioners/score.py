@@ -106,14 +106,10 @@ class AlignedScorer:
         return _aligned(self._aligner, image_BE, candidates, caption_NE).view(len(candidates), -1)
 
 
-class RefAlignedScorer:
+class RefAlignedScorer(AlignedScorer):
     """RefaCLIP-S; references are compared by raw text embeddings. Raises DataError for an aligner of another encoder."""
 
     name, needs_references = "RefaCLIP-S", True
-
-    def __init__(self, encoder: FrozenEncoder, aligner: LinearAligner):
-        aligner.check_spaces(source=encoder.fingerprint, target=encoder.fingerprint)
-        self._encoder, self._aligner = encoder, aligner
 
     @torch.no_grad()
     def __call__(self, image_BE: Tensor, candidates: Texts, references: Texts = (), /) -> Tensor:
@@ -172,12 +168,6 @@ class AlignedAggregateScorer(AggregateScorer):
     def targets(self, image_BE: Tensor) -> Tensor:
         """BE, in the aligned space."""
         return super().targets(self._aligner.apply(image_BE))
-
-
-def choose_best(scorer: Scorer, image_BE: Tensor, candidates: Texts) -> list[str]:
-    """Each image's candidate of the highest score, the first of equals."""
-    best_B = scorer(image_BE, candidates).argmax(dim=1).tolist()
-    return [candidates[image][int(best)] for image, best in enumerate(best_B)]
 
 
 def _flatten(image_BE: Tensor, candidates: Texts) -> list[str]:

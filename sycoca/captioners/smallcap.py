@@ -28,11 +28,11 @@ from sycoca.captioners.lm_loading import LMConfig
 from sycoca.captioners.prompt import PromptConfig, encode_prompt, pad_prompts
 from sycoca.captioners.row_index import EXACT, NUM_PROBES
 from sycoca.captioners.storage import load_tensors, save_tensors
-from sycoca.captioners.text_rows import TextRows, source_of
+from sycoca.captioners.text_rows import TextRows
 from sycoca.config import Config, parse_config
 from sycoca.generation import GenerationConfig
 from sycoca.pretrained import load_weights
-from sycoca.types import DataError
+from sycoca.types import DataError, image_of
 
 _ADAPTERS, _ALIGNER, _DATASTORE = "adapters.safetensors", "aligner.safetensors", "datastore"
 _KIND = "cross-attention adapters"
@@ -105,7 +105,7 @@ class SmallCap:
         if num == 0:
             return torch.zeros((len(keys), 0), dtype=torch.int64)
         query_NE = F.normalize(self.aligner.apply(image_BE), dim=-1)
-        excluded = [[source_of(key)] if key and excludes_own else [] for key in keys]
+        excluded = [[image_of(key)] if key and excludes_own else [] for key in keys]
         return self.datastore.search(query_NE, num, exclude_sources=excluded).row_NK
 
     def swap(self, contents: TextRows) -> None:

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from sycoca.captioners.transform import EmbeddingTransform
-from sycoca.types import NUMBER_MARK, DataError
+from sycoca.types import DataError
 
 Origin = Literal["human", "synthetic"]
 TRAIN_SPLITS = ("train", "restval")
@@ -35,11 +35,6 @@ class TextRows:
     embedding_SE: NDArray[np.float32]
     fingerprint: str
     """Of the encoder."""
-
-
-def source_of(key: str) -> str:
-    """The image of a sample: `photo#0` and `photo#1` are pairs of one."""
-    return key.partition(NUMBER_MARK)[0]
 
 
 def admit_rows(contents: TextRows, transform: EmbeddingTransform, *, allow_held_out: bool) -> TextRows:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from sycoca.data.decode import CaptionConfig, SampleError, list_captions, read_meta
 from sycoca.data.position import DropLog
-from sycoca.data.shards import expand_shards, read_samples
+from sycoca.data.shards import LOCAL, Access, expand_shards, read_samples
 from sycoca.distributed import gather_objects, rank, world_size
-from sycoca.types import NUMBER_MARK, DataError
+from sycoca.types import DataError, image_of
 
 _TEXT_FILE = ".txt"
 _MAX_IMAGE_BYTES = 20_000_000  # images are read past, not decoded
@@ -43,12 +43,20 @@ def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
             yield image, caption.strip()
 
 
-def _read_shard(shard: str, config: CaptionConfig, drops: DropLog) -> Iterator[tuple[str, str]]:
-    for raw in read_samples(shard, drops, max_bytes=_MAX_IMAGE_BYTES, is_mine=lambda: True):
+def read_shard_captions(
+    shard: str, config: CaptionConfig, drops: DropLog, *, max_bytes: int, access: Access = LOCAL
+) -> Iterator[tuple[str, list[str]]]:
+    """The image and the captions of every sample of a shard; samples without any are counted and left out."""
+    for raw in read_samples(shard, drops, max_bytes=max_bytes, is_mine=lambda: True, access=access):
         try:
             captions = list_captions(raw.members, read_meta(raw.members), config)
         except SampleError as error:
             drops.add(error.reason, shard)
             continue
         drops.num_kept += 1
-        yield from ((raw.key.partition(NUMBER_MARK)[0], caption) for caption in captions if caption.strip())
+        yield image_of(raw.key), captions
+
+
+def _read_shard(shard: str, config: CaptionConfig, drops: DropLog) -> Iterator[tuple[str, str]]:
+    for image, captions in read_shard_captions(shard, config, drops, max_bytes=_MAX_IMAGE_BYTES):
+        yield from ((image, caption) for caption in captions if caption.strip())

@@ -26,7 +26,7 @@ from sycoca.types import DataError
 _MAX_TEXT_BYTES = 1 << 20
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^./][^.]*)[.]([^/]*)$")  # webdataset's rule: split at the name's first dot
 _STREAM_BLOCK = 1 << 20
-_LOCAL = Access()
+LOCAL = Access()
 _READ_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError)
 
 
@@ -54,7 +54,7 @@ def expand_shards(shards: list[str], *, allow_pipe: bool) -> list[str]:
 
 
 def read_samples(
-    shard: str, drops: DropLog, *, max_bytes: int, is_mine: Callable[[], bool], access: Access = _LOCAL
+    shard: str, drops: DropLog, *, max_bytes: int, is_mine: Callable[[], bool], access: Access = LOCAL
 ) -> Iterator[RawSample]:
     """Complete pairs of one shard, in order; `is_mine` is asked once for each key, and other samples are not read.
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
-from sycoca.data.decode import SampleError, list_captions, read_meta
+from sycoca.data.caption_texts import read_shard_captions
 from sycoca.data.pipeline import DataConfig
 from sycoca.data.position import DropLog
-from sycoca.data.shards import expand_shards, read_samples
+from sycoca.data.shards import expand_shards
 from sycoca.distributed import gather_objects, rank, world_size
 from sycoca.evaluation.cider import CiderScorer
 from sycoca.evaluation.ptb_tokenizer import tokenize_caption
-from sycoca.types import NUMBER_MARK, DataError
+from sycoca.types import DataError, image_of
 
 END = "<end>"
 """Stands for the end of a caption as a word; the tokenizer of captions never gives it."""
@@ -34,11 +34,6 @@ class CiderReward:
         return self._scorer.score(_ended(words) if is_ended else words, image_of(key))
 
 
-def image_of(key: str) -> str:
-    """The image of a sample: what follows a `#` in its key numbers captions (as in objectives/contrastive.py)."""
-    return key.partition(NUMBER_MARK)[0]
-
-
 def read_references(config: DataConfig) -> dict[str, tuple[str, ...]]:
     """Every caption of the training shards in words, by image; ranks share the shards, and each gets the whole.
 
@@ -53,14 +48,7 @@ def read_references(config: DataConfig) -> dict[str, tuple[str, ...]]:
     own: dict[str, tuple[str, ...]] = {}
     drops = DropLog(config.max_bad_share)
     for shard, captions in shards[rank() :: world_size()]:
-        for raw in read_samples(shard, drops, max_bytes=config.max_bytes, is_mine=lambda: True, access=access):
-            try:
-                texts = list_captions(raw.members, read_meta(raw.members), captions)
-            except SampleError as error:
-                drops.add(error.reason, shard)
-                continue
-            drops.num_kept += 1
-            image = image_of(raw.key)
+        for image, texts in read_shard_captions(shard, captions, drops, max_bytes=config.max_bytes, access=access):
             own[image] = own.get(image, ()) + tuple(map(tokenize_caption, texts))
     whole: dict[str, tuple[str, ...]] = {}
     for share in gather_objects(own):

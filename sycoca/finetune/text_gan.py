@@ -8,35 +8,27 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sycoca.captioners.cgtgan import Generator
-from sycoca.config import Config
 from sycoca.distributed import sum_over_ranks, world_size
 from sycoca.finetune.discriminator import Discriminator
-from sycoca.finetune.self_critical import evaluating, mean_of_others, self_critical_loss
+from sycoca.finetune.self_critical import SelfCriticalConfig, evaluating, mean_of_others, self_critical_loss
 from sycoca.finetune.text_rewards import Rate, RewardConfig
 from sycoca.generation import Generated, GenerationConfig
 from sycoca.train.task import precision
 from sycoca.types import Metrics
 
 
-class PolicyConfig(Config):
+class PolicyConfig(SelfCriticalConfig):
     """What is drawn, and what its reward is compared with; the defaults are the paper's."""
 
     baseline: Literal["greedy", "mean"] = "greedy"
     """The greedy caption's reward, or the mean of the image's other drawn captions."""
-    num_samples: int = Field(default=5, ge=1)
     max_tokens: int = Field(default=20, ge=1)
     """Tokens of a caption at most, its end counted."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "PolicyConfig":
-        if self.baseline == "mean" and self.num_samples == 1:
-            raise ValueError("baseline: mean compares an image's captions with each other; set num_samples to 2 or more")
-        return self
 
 
 class ReconstructionTask(nn.Module):

@@ -13,7 +13,7 @@ from sycoca.distributed import gather_rows, rank
 from sycoca.models.sycoca import SyCoCa
 from sycoca.objectives.base import Objective, ObjectiveConfig
 from sycoca.objectives.chunked_contrast import chunked_info_nce, is_same_name
-from sycoca.types import NUMBER_MARK, Batch, Features, Metrics
+from sycoca.types import Batch, Features, Metrics, image_of
 
 MAX_LOGIT_SCALE = 100.0
 """CLIP, section 2.5."""
@@ -82,7 +82,7 @@ def pair_names(batch: Batch) -> Tensor:
     """B2: hashes of each pair's caption and of its image, the key up to a `#`, which numbers an image's captions."""
     lengths = batch["length"].tolist()
     captions = [str(row[:n]) for row, n in zip(batch["token"].tolist(), lengths, strict=True)]
-    images = [key.partition(NUMBER_MARK)[0] for key in batch["key"]]
+    images = [image_of(key) for key in batch["key"]]
     name_B2 = torch.tensor([[_hash(c), _hash(i)] for c, i in zip(captions, images, strict=True)])
     return name_B2.to(batch["token"].device)
 

@@ -25,11 +25,10 @@ from sycoca.captioners.recap import ReCap, ReCapConfig, build_recap, fit_space
 from sycoca.captioners.recap_augmentation import AugmentationConfig, AugmentedPairs, augment, mean_human_score, write_round
 from sycoca.captioners.sitta import Sitta, SittaConfig
 from sycoca.captioners.sitta_maps import fit_token_map
-from sycoca.captioners.text_rows import source_of
 from sycoca.captioners.token_vocabulary import TokenVocabulary
 from sycoca.captioners.words import content_words
 from sycoca.config import parse_config
-from sycoca.types import ConfigError, DataError
+from sycoca.types import ConfigError, DataError, image_of
 
 NUM_TRAIN, NUM_HELD_OUT, K = 150, 40, 3
 
@@ -73,10 +72,10 @@ def test_nobody_retrieves_a_caption_of_its_own_image_not_even_another_sample_of_
     recap = make_recap(train, parse_recap(space=space), encoder=encoder)
     source_of_text = {row.text: row.source for row in recap.datastore.rows}
     for key, texts in zip(train.keys, recap.retrieve(train.image_NE, train.keys), strict=True):
-        assert len(texts) == K and source_of(key) not in {source_of_text[text] for text in texts}
+        assert len(texts) == K and image_of(key) not in {source_of_text[text] for text in texts}
     if space == "aligned":
         strangers = recap.retrieve(train.image_NE, [""] * NUM_TRAIN)
-        assert any(source_of_text[texts[0]] == source_of(key) for key, texts in zip(train.keys, strangers))
+        assert any(source_of_text[texts[0]] == image_of(key) for key, texts in zip(train.keys, strangers))
 
 
 def test_a_caption_says_what_it_was_made_of_and_no_weight_moves():

@@ -7,9 +7,10 @@ import torch
 from compass import build_compass, spell
 from torch import Tensor
 
+from sycoca.captioners.candidates import Candidates, choose
 from sycoca.captioners.datastore import build_datastore
 from sycoca.captioners.linear_aligner import LinearAligner
-from sycoca.captioners.score import AggregateScorer, AlignedScorer, ClipScorer, RefAlignedScorer, RefClipScorer, choose_best
+from sycoca.captioners.score import AggregateScorer, AlignedScorer, ClipScorer, RefAlignedScorer, RefClipScorer
 from sycoca.captioners.text_rows import Row, TextRows
 from sycoca.captioners.transform import EmbeddingTransform, fit_transform
 from sycoca.types import ConfigError, DataError
@@ -122,7 +123,8 @@ def test_the_best_candidate_is_chosen_and_scores_carry_no_graph():
     scorer = ClipScorer(build_compass())
     scores = scorer(IMAGE_BE.clone().requires_grad_(), CANDIDATES)
     assert not scores.requires_grad
-    assert choose_best(scorer, IMAGE_BE, CANDIDATES) == [CANDIDATES[image][scores[image].argmax()] for image in range(B)]
+    written = choose(Candidates(CANDIDATES, torch.zeros_like(scores)), [[]] * B, IMAGE_BE, scorer)
+    assert [one.caption for one in written] == [CANDIDATES[image][scores[image].argmax()] for image in range(B)]
 
 
 def test_bad_candidates_references_and_parts_are_refused():
