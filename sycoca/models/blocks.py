@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sycoca.models.activated_linear import ActivatedLinear
 from sycoca.models.packing import Packing
 
 
@@ -102,11 +103,11 @@ class Mlp(nn.Module):
     def __init__(self, width: int, hidden_width: int, dropout: float = 0.0):
         super().__init__()
         self.fc = nn.Linear(width, hidden_width)
-        self.out = nn.Linear(hidden_width, width)
+        self.out = ActivatedLinear(hidden_width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.dropout(self.out(F.gelu(self.fc(x_BLD))))
+        return self.dropout(self.out(self.fc(x_BLD)))
 
 
 class PreNormBlock(nn.Module):

@@ -8,6 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from sycoca.config import Config
+from sycoca.models.activated_linear import keep_less_of_mlps
 from sycoca.models.masking import gather_patches
 from sycoca.types import ConfigError
 
@@ -59,6 +60,7 @@ class VisionEncoder(nn.Module):
         self.vit = _create_vit(config)
         self.is_pretrained = config.pretrained
         self.vit.set_grad_checkpointing(recompute)
+        keep_less_of_mlps(self.vit)
         self.width: int = self.vit.embed_dim
         self.num_patches: int = self.vit.patch_embed.num_patches
         self.patch_size: int = self.vit.patch_embed.patch_size[0]
