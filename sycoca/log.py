@@ -2,6 +2,7 @@
 
 import json
 import logging
+import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,12 +65,15 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """Writes to Weights & Biases; `pip install sycoca[wandb]`."""
+    """Writes to Weights & Biases; `pip install sycoca[wandb]`. A resumed run keeps its id, from `folder/wandb_id`."""
 
     def __init__(self, project: str, folder: Path, config: dict[str, Any]):
         import wandb  # pyright: ignore[reportMissingImports]  optional
 
-        self._run = wandb.init(project=project, dir=str(folder), config=config, resume="allow")
+        path = folder / "wandb_id"
+        if not path.is_file():
+            path.write_text(secrets.token_hex(4))
+        self._run = wandb.init(project=project, dir=str(folder), config=config, id=path.read_text(), resume="allow")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
