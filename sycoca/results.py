@@ -1,6 +1,8 @@
 """The results page: tables of figures from the records that the tools wrote, each row with its command, commit and time."""
 
 import json
+import statistics
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,19 @@ class Row(Config):
 
     label: str
     record: str | None = None
-    """File name of a tool's `--record`."""
-    figures: dict[str, float] = {}
-    seed: int | None = None
+    """File name of a tool's `--record`; with `{seed}` in it, one file for each of the seeds."""
+    made_by: str | None = None
+    """The record, named the same way, of the tool that made what was measured; its command is shown too."""
+    part: str = ""
+    """Where in the record the figures are: those under this name alone, without it."""
+    figures: dict[str, float | None] = {}
+    """Known otherwise, or null for what the record need not have."""
+    seed: int | list[int] | None = None
+    """Several: the row shows medians and, where they differ, from which figure to which they go."""
+
+    def seeds(self) -> list[int | None]:
+        """One for each record."""
+        return list(self.seed) if isinstance(self.seed, list) else [self.seed]
 
 
 class Section(Config):
@@ -49,22 +61,54 @@ def write_page(config: PageConfig, records: Path) -> str:
 
 
 def write_table(section: Section, records: Path) -> str:
-    """A table of figures, and under it the command of each row that has one."""
+    """A table of figures, and under it the commands of each row that has any (of its first seed)."""
     headings = ["", *section.columns.values(), "seed", "commit", "time"]
     lines = ["", _line(headings), _line(["---", *["---:"] * (len(headings) - 1)])]
     commands = []
     for row in section.rows:
-        record = _read(records / row.record) if row.record else None
-        figures = record["result"] if record else row.figures
-        missing = [name for name in section.columns if record and name not in figures]
-        if missing:
-            raise DataError(f"{records / str(row.record)}: no figure {missing[0]!r}; it has {', '.join(sorted(figures))}")
-        values = [f"{figures[name]:.{section.digits}f}" if name in figures else "" for name in section.columns]
-        facts = [str(record["commit"] or ""), _duration(record["seconds"])] if record else ["", ""]
-        lines.append(_line([row.label, *values, "" if row.seed is None else str(row.seed), *facts]))
-        commands += [f"# {row.label}\n{record['command']}"] if record else []
+        read = _read_all(records, row.record, row)
+        figures = [_figures(record, row, section.columns, records) for record in read] or [row.figures]
+        values = [_summary([found.get(name) for found in figures], section.digits) for name in section.columns]
+        seeds = ", ".join(str(seed) for seed in row.seeds() if seed is not None)
+        commits = ", ".join(sorted({str(record["commit"] or "") for record in read}))
+        time = _duration(statistics.median(record["seconds"] for record in read)) if read else ""
+        lines.append(_line([row.label, *values, seeds, commits, time]))
+        shown = [*_read_all(records, row.made_by, row)[:1], *read[:1]]
+        commands += ["\n".join([f"# {row.label}", *(record["command"] for record in shown)])] if shown else []
     listing = ["", "```sh", *commands, "```", ""] if commands else [""]
     return "\n".join([*lines, *listing])
+
+
+def _read_all(records: Path, name: str | None, row: Row) -> list[dict[str, Any]]:
+    return [_read(records / name.replace("{seed}", str(seed))) for seed in row.seeds()] if name is not None else []
+
+
+def _figures(record: Mapping[str, Any], row: Row, columns: Mapping[str, str], records: Path) -> dict[str, float | None]:
+    """A record's figures by name, those in parts as `part/name`. Raises DataError where a column has none."""
+    prefix = f"{row.part}/" if row.part else ""
+    named = {name.removeprefix(prefix): value for name, value in _flat(record["result"]) if name.startswith(prefix)}
+    figures = {**row.figures, **named}
+    missing = [name for name in columns if name not in figures]
+    if missing:
+        raise DataError(f"{records / str(row.record)}: no figure {missing[0]!r}; it has {', '.join(sorted(figures))}")
+    return figures
+
+
+def _flat(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{inner}", leaf) for inner, leaf in _flat(value))
+        else:
+            yield name, value
+
+
+def _summary(values: list[float | None], digits: int) -> str:
+    """The median and, of several that differ in what is shown, the lowest and the highest."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return ""
+    middle, low, high = (f"{value:.{digits}f}" for value in (statistics.median(found), min(found), max(found)))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def _line(cells: list[str]) -> str:

@@ -50,6 +50,21 @@ def test_a_missing_figure_or_record_is_one_clear_error(tmp_path: Path):
         write_page(config, tmp_path)
 
 
+def test_several_seeds_are_one_row_of_medians_with_their_spread(tmp_path: Path):
+    for seed, cider in enumerate((30.0, 10.0, 20.0)):
+        record = {"commit": "abc123", "seconds": seed, "result": {"CIDEr": cider, "aligned": {"R@1": 7.0, "i2t/R@1": seed}}}
+        (tmp_path / f"fit_{seed}.json").write_text(json.dumps({**record, "command": f"tools/fit.py seed={seed}"}))
+        (tmp_path / f"ours_{seed}.json").write_text(json.dumps({**record, "command": f"tools/measure.py {seed}"}))
+    ours = {"label": "ours", "record": "ours_{seed}.json", "made_by": "fit_{seed}.json", "seed": [0, 1, 2]}
+    whole = {"title": "Whole", "columns": {"CIDEr": "CIDEr", "aligned/R@1": "R@1", "speed": "speed"}}
+    part = {"title": "Part", "columns": {"i2t/R@1": "R@1"}, "rows": [{**ours, "part": "aligned"}]}
+    tree = {"title": "Results", "sections": [{**whole, "rows": [{**ours, "figures": {"speed": None}}]}, part]}
+    page = write_page(parse_config(PageConfig, tree, source="tests"), tmp_path)
+    assert "| ours | 20.0 (10.0 to 30.0) | 7.0 |  | 0, 1, 2 | abc123 | 1 s |" in page
+    assert "| ours | 1.0 (0.0 to 2.0) | 0, 1, 2 | abc123 | 1 s |" in page
+    assert "# ours\ntools/fit.py seed=0\ntools/measure.py 0\n" in page
+
+
 def test_a_tool_records_what_it_prints_and_its_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):

@@ -47,7 +47,7 @@ def _parse() -> argparse.Namespace:
         verb.add_argument("--texts", type=Path, help="a text a line, or .jsonl with text, source, split, origin, score")
         verb.add_argument("--encoder", help="what embeds --texts")
         verb.add_argument("--allow-held-out", action="store_true", help="take rows of other splits than train and restval")
-    build.add_argument("--transform", nargs="*", default=["l2"], help="of the rows: none l2 centre zscore, in order")
+    build.add_argument("--transform", nargs="*", default=["l2"], help="of the rows: none l2 centre zscore whiten, in order")
     build.add_argument("--aligner", type=Path, help="take its texts' transform, then l2, instead of --transform")
     for name, default, what in (("--index", EXACT, "of FAISS; Flat is exact"), ("--probes", NUM_PROBES, "lists looked into")):
         build.add_argument(name, type=type(default), default=default, help=what)

@@ -48,7 +48,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--method", choices=get_args(Method), default=DEFAULTS.method)
     parser.add_argument("--ridge", type=float, default=DEFAULTS.ridge, help="penalty of --method ridge")
     for name, kinds in (("--image-transform", DEFAULTS.image_transform), ("--text-transform", DEFAULTS.text_transform)):
-        parser.add_argument(name, nargs="*", default=kinds, help="none l2 centre zscore, in order")
+        parser.add_argument(name, nargs="*", default=kinds, help="none l2 centre zscore whiten, in order")
     parser.add_argument("--seed", type=int, default=DEFAULTS.seed, help="of the shuffled pairs")
     parser.add_argument("--encoder", default="", help="embeds --shards and --held-out-shards into the store first")
     parser.add_argument("--shards", nargs="+", default=[])

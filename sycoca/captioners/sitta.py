@@ -19,7 +19,6 @@ from sycoca.captioners.candidates import Choice, build_scorer, choose, write_can
 from sycoca.captioners.captioner import Written, load_its_encoder, read_captioner, save_captioner
 from sycoca.captioners.encoder import FrozenEncoder
 from sycoca.captioners.linear_aligner import LinearAligner, load_aligner
-from sycoca.captioners.lm import CaptionLM
 from sycoca.captioners.lm_loading import LMConfig
 from sycoca.captioners.prompt import PromptConfig, arrange_items, encode_prompt
 from sycoca.captioners.sitta_maps import TokenMapConfig
@@ -62,14 +61,14 @@ class Sitta:
     kind: ClassVar[str] = "sitta"
 
     def __init__(
-        self, encoder: FrozenEncoder, lm: CaptionLM, token_map: LinearAligner, chooser: LinearAligner | None,
+        self, encoder: FrozenEncoder, vocabulary: TokenVocabulary, token_map: LinearAligner, chooser: LinearAligner | None,
         config: SittaConfig,
     ):  # fmt: skip
         if (config.choose_by == "aCLIP-S") != (chooser is not None):
             raise DataError(f"captioner.choose_by is {config.choose_by}: aCLIP-S alone needs an aligner of images and texts")
-        self.vocabulary = TokenVocabulary(lm)
-        token_map.check_spaces(source=encoder.fingerprint, target=self.vocabulary.fingerprint)
-        self.encoder, self.lm, self.token_map, self.chooser, self.config = encoder, lm, token_map, chooser, config
+        token_map.check_spaces(source=encoder.fingerprint, target=vocabulary.fingerprint)
+        self.encoder, self.vocabulary, self.lm = encoder, vocabulary, vocabulary.lm
+        self.token_map, self.chooser, self.config = token_map, chooser, config
         self._scorer = build_scorer(config.choose_by, encoder, chooser)
         self.retrieve(torch.zeros(1, encoder.embed_width))  # so that a vocabulary with too few words is refused at once
 
@@ -101,7 +100,7 @@ class Sitta:
 
     def save(self, folder: Path) -> None:
         """Write facts and maps."""
-        save_captioner(self, folder, {"config": self.config.model_dump(mode="json")})
+        save_captioner(self, folder, {"config": self.config.model_dump(mode="json"), "words": self.vocabulary.allowed})
         self.token_map.save(folder / _TOKEN_MAP)
         if self.chooser is not None:
             self.chooser.save(folder / _CHOOSER)
@@ -109,7 +108,9 @@ class Sitta:
     @classmethod
     def load(cls, folder: Path, device: torch.device | str) -> Self:
         """What `save` wrote. Raises DataError, CheckpointError, ConfigError."""
-        config = parse_config(SittaConfig, read_captioner(folder)["config"], source=str(folder))
+        facts = read_captioner(folder)
+        config = parse_config(SittaConfig, facts["config"], source=str(folder))
         encoder, lm = load_its_encoder(folder, device), config.lm.load(device)
+        vocabulary = TokenVocabulary(lm, allowed=facts["words"], kinds=config.token_map.token_transform)
         chooser = load_aligner(folder / _CHOOSER) if config.choose_by == "aCLIP-S" else None
-        return cls(encoder, lm, load_aligner(folder / _TOKEN_MAP), chooser, config)
+        return cls(encoder, vocabulary, load_aligner(folder / _TOKEN_MAP), chooser, config)

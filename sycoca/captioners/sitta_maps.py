@@ -18,6 +18,7 @@ from sycoca.captioners.alignment import derange
 from sycoca.captioners.embeddings import Pairs
 from sycoca.captioners.encoder import FrozenEncoder
 from sycoca.captioners.linear_aligner import LinearAligner
+from sycoca.captioners.lm import CaptionLM
 from sycoca.captioners.token_vocabulary import TokenVocabulary
 from sycoca.captioners.transform import EmbeddingTransform, Kind, fit_transform
 from sycoca.captioners.words import content_words
@@ -35,6 +36,11 @@ class TokenMapConfig(Config):
     ridge: float = Field(default=1.0, gt=0)
     """Penalty of `ridge`, as scikit-learn's."""
     image_transform: list[Kind] = ["zscore"]
+    token_transform: list[Kind] = ["zscore"]
+    """Of the vocabulary; `whiten` where words of a kind lie so near each other that only their kind is found."""
+    words: Literal["vocabulary", "captions"] = "vocabulary"
+    """What may be found: every token, or those that are content words of training captions, whichever image's. For language
+    models of few words, many of which stand in prompts alone."""
     templates: list[str] | Literal["openai"] = "openai"
     """Of the lexical map: prompts around each token, `{}` stands for it; `openai` are CLIP's 80 of ImageNet."""
     image_statistics: Literal["images", "texts"] = "images"
@@ -47,6 +53,13 @@ class TokenMapConfig(Config):
         if self.templates == "openai":
             return [fill("{}") for fill in open_clip.OPENAI_IMAGENET_TEMPLATES]
         return list(self.templates)
+
+
+def build_vocabulary(lm: CaptionLM, train: Pairs, config: TokenMapConfig) -> TokenVocabulary:
+    """The words that may be found. Raises DataError where the language model has none of them."""
+    texts = (text for block in train.blocks() for text in block.texts) if config.words == "captions" else None
+    allowed = None if texts is None else {word for text in texts for word in content_words(text)}
+    return TokenVocabulary(lm, allowed=allowed, kinds=config.token_transform)
 
 
 def fit_token_map(

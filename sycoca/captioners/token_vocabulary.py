@@ -1,6 +1,7 @@
-"""A language model's vocabulary as SITTA searches it: clean words with their input embeddings, z-scored over the vocabulary."""
+"""A language model's vocabulary as SITTA searches it: clean words with their input embeddings, standardised over them."""
 
 import hashlib
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -9,23 +10,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sycoca.captioners.lm import CaptionLM
-from sycoca.captioners.transform import fit_transform
+from sycoca.captioners.transform import Kind, fit_transform
 from sycoca.types import DataError
 
 
 class TokenVocabulary:
-    """The tokens whose text has a letter, N of them; several may be one word (with and without a blank before it)."""
+    """The tokens whose text has a letter, N of them; several may be one word (with and without a blank before it).
 
-    def __init__(self, lm: CaptionLM):
+    With `allowed`, only tokens that are one of these words. Raises DataError where that leaves none.
+    """
+
+    def __init__(self, lm: CaptionLM, *, allowed: Collection[str] | None = None, kinds: Sequence[Kind] = ("zscore",)):
+        self.lm, self.allowed = lm, None if allowed is None else sorted(allowed)
         self._tokenizer: Any = lm.tokenizer
         texts = [text.lower() for text in lm.token_texts()]
-        self.ids = [token for token, text in enumerate(texts) if any(letter.isalpha() for letter in text)]
+        known = set(texts if allowed is None else allowed)
+        self.ids = [token for token, text in enumerate(texts) if text in known and any(map(str.isalpha, text))]
+        if not self.ids:
+            raise DataError("none of the language model's tokens is one of these words; say token_map.words: vocabulary")
         self.words = [texts[token] for token in self.ids]
         self._row_of_id = {token: row for row, token in enumerate(self.ids)}
         raw_NF = lm.input_embeddings()[self.ids].float().cpu()
-        self.transform = fit_transform(["zscore"], lambda: [raw_NF])
+        self.transform = fit_transform(kinds, lambda: [raw_NF])
         self.embedding_NF = self.transform(raw_NF)
-        digest = hashlib.sha256("\n".join(self.words).encode())
+        digest = hashlib.sha256("\n".join([*self.words, *kinds]).encode())
         digest.update(raw_NF.numpy().tobytes())
         self.fingerprint = digest.hexdigest()[:16]
 

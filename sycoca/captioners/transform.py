@@ -1,4 +1,4 @@
-"""Embedding transforms (l2, centre, zscore, in sequences), fitted on training data, kept with what was built from it.
+"""Embedding transforms (l2, centre, zscore, whiten, in sequences), fitted on training data, kept with what was built from it.
 
 Every paper normalises in its own way: SITTA z-scores, SmallCap l2, ReCap l2 then centre, CgT-GAN not at all.
 """
@@ -13,17 +13,20 @@ from torch import Tensor
 
 from sycoca.types import ConfigError, DataError
 
-Kind = Literal["none", "l2", "centre", "zscore"]
+Kind = Literal["none", "l2", "centre", "zscore", "whiten"]
+LEAST_VARIANCE = 1e-10
+"""Of whiten: a direction of less than this share of the largest variance is one in which rows do not differ."""
 ReadRows = Callable[[], Iterable[Tensor]]
 """Gives blocks NE of the training rows, the same ones each time it is called."""
 
 
 class Step(NamedTuple):
-    """One transform. `shift_E` and `scale_E` are float64, and None where the kind has nothing to fit."""
+    """One transform. What was fitted is float64, and None where the kind has nothing of it."""
 
     kind: Kind
     shift_E: Tensor | None = None
     scale_E: Tensor | None = None
+    turn_EE: Tensor | None = None
 
     def apply(self, rows_NE: Tensor) -> Tensor:
         """NE in the type of the rows."""
@@ -31,7 +34,9 @@ class Step(NamedTuple):
             return F.normalize(rows_NE, dim=-1)
         if self.shift_E is not None:
             rows_NE = rows_NE - self.shift_E.to(rows_NE)
-        return rows_NE if self.scale_E is None else rows_NE / self.scale_E.to(rows_NE)
+        if self.scale_E is not None:
+            rows_NE = rows_NE / self.scale_E.to(rows_NE)
+        return rows_NE if self.turn_EE is None else rows_NE @ self.turn_EE.to(rows_NE)
 
 
 class EmbeddingTransform:
@@ -73,7 +78,7 @@ class EmbeddingTransform:
         """What was fitted, by name, for a file; with `kinds` it makes the transform again (`from_tensors`)."""
         found = {}
         for number, step in enumerate(self.steps):
-            parts = (("shift", step.shift_E), ("scale", step.scale_E))
+            parts = (("shift", step.shift_E), ("scale", step.scale_E), ("turn", step.turn_EE))
             found |= {f"{prefix}{number}.{name}": tensor for name, tensor in parts if tensor is not None}
         return found
 
@@ -82,7 +87,7 @@ def from_tensors(kinds: Sequence[str], tensors: Mapping[str, Tensor], prefix: st
     """The transform that `kinds` and `tensors(prefix)` describe."""
     return EmbeddingTransform(
         [
-            Step(kind, tensors.get(f"{prefix}{number}.shift"), tensors.get(f"{prefix}{number}.scale"))
+            Step(kind, *(tensors.get(f"{prefix}{number}.{name}") for name in ("shift", "scale", "turn")))
             for number, kind in enumerate(parse_kinds(kinds))
         ]
     )
@@ -100,7 +105,8 @@ def parse_kinds(names: Sequence[str]) -> list[Kind]:
 def fit_transform(kinds: Sequence[str], read_rows: ReadRows) -> EmbeddingTransform:
     """Fit the steps in order, each on the rows as those before leave them: a pass over the rows for each with statistics.
 
-    centre takes off the mean; zscore also divides by the standard deviation (over n; 1 where a number never changes).
+    centre takes off the mean; zscore also divides by the standard deviation (over n; 1 where a number never changes);
+    whiten takes off the mean and makes all directions in which the rows differ uncorrelated and of variance 1.
     Raises ConfigError for an unknown name, DataError for no rows or rows that are not finite.
     """
     transform = EmbeddingTransform()
@@ -109,8 +115,21 @@ def fit_transform(kinds: Sequence[str], read_rows: ReadRows) -> EmbeddingTransfo
         if kind in ("centre", "zscore"):
             mean_E, std_E = _moments(transform(rows_NE.double()) for rows_NE in read_rows())
             step = Step(kind, mean_E, torch.where(std_E > 0, std_E, 1.0) if kind == "zscore" else None)
+        elif kind == "whiten":
+            mean_E, _ = _moments(transform(rows_NE.double()) for rows_NE in read_rows())
+            step = Step(kind, mean_E, turn_EE=_whitening(transform(rows_NE.double()) - mean_E for rows_NE in read_rows()))
         transform = EmbeddingTransform([*transform.steps, step])
     return transform
+
+
+def _whitening(blocks: Iterable[Tensor]) -> Tensor:
+    """EE: the inverse square root of the covariance of centred rows, 0 where they do not differ."""
+    num, product_EE = 0, torch.zeros(())
+    for rows_NE in blocks:
+        num, product_EE = num + len(rows_NE), product_EE.to(rows_NE) + rows_NE.T @ rows_NE
+    value_E, vector_EE = torch.linalg.eigh(product_EE / num)
+    is_kept_E = value_E > value_E[-1] * LEAST_VARIANCE
+    return (vector_EE * torch.where(is_kept_E, value_E, torch.inf).rsqrt()) @ vector_EE.T
 
 
 def _moments(blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

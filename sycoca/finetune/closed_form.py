@@ -17,9 +17,8 @@ from sycoca.captioners.encoder import FrozenEncoder, load_encoder
 from sycoca.captioners.recap import ReCap, ReCapConfig, build_recap, fit_space
 from sycoca.captioners.recap_augmentation import AugmentationConfig, augment
 from sycoca.captioners.sitta import Sitta, SittaConfig
-from sycoca.captioners.sitta_maps import fit_token_map
+from sycoca.captioners.sitta_maps import build_vocabulary, fit_token_map
 from sycoca.captioners.sitta_report import compare_maps
-from sycoca.captioners.token_vocabulary import TokenVocabulary
 from sycoca.config import Config, dump_config
 from sycoca.distributed import world_size
 from sycoca.evaluation.caption_metrics import score_captions
@@ -99,12 +98,12 @@ def fit_sitta(config: SittaFit) -> dict[str, Any]:
     encoder = load_encoder(config.encoder, device)
     train, lm = config.pairs.open(encoder), config.captioner.lm.load(device)
     started = time.perf_counter()
-    vocabulary = TokenVocabulary(lm)
+    vocabulary = build_vocabulary(lm, train, config.captioner.token_map)
     token_map = fit_token_map(encoder, train, vocabulary, config.captioner.token_map)
     map_seconds = time.perf_counter() - started
     needs_chooser = config.captioner.choose_by == "aCLIP-S"
     chooser = fit_image_to_text(train, config.captioner.alignment) if needs_chooser else None
-    sitta = Sitta(encoder, lm, token_map, chooser, config.captioner)
+    sitta = Sitta(encoder, vocabulary, token_map, chooser, config.captioner)
     figures: dict[str, Any] = {"fit_seconds": time.perf_counter() - started, "map_seconds": map_seconds}
     if config.pairs.held_out is not None:
         held_out = config.pairs.open_held_out()

@@ -56,6 +56,13 @@ class SmallCapDataConfig(Config):
     """Whether patch states are kept beside the embeddings, in float16; false encodes images of `pairs.shards` at every step."""
 
 
+class EvaluateSmallCapConfig(EvaluateStoredConfig):
+    """As any captioner's, and the control that patch states are read at all."""
+
+    blank_patches: bool = False
+    """Measures also with patch states of zeros, as `blank/CIDEr` and so on: the score must drop."""
+
+
 class SmallCapFit(TrainConfig):
     """One experiment; `run.folder` is also the captioner's."""
 
@@ -64,7 +71,7 @@ class SmallCapFit(TrainConfig):
     pairs: PairsConfig
     captioner: SmallCapConfig
     data: SmallCapDataConfig = SmallCapDataConfig()
-    evaluate: EvaluateStoredConfig = EvaluateStoredConfig()
+    evaluate: EvaluateSmallCapConfig = EvaluateSmallCapConfig()
 
 
 class SmallCapTask(nn.Module):
@@ -196,7 +203,19 @@ def open_patches(config: SmallCapFit, encoder: FrozenEncoder, store: EmbeddingSt
 
 
 def measure(config: SmallCapFit, captioner: SmallCap, images: StoredImages, patches: PatchSource) -> dict[str, float]:
-    """The scores of the captioner as it stands; `copied_share` of its captions stood in their own prompt, word by word."""
+    """The scores of the captioner as it stands, and `blank/` those without patch states where they are asked for."""
+    was_training = captioner.adapters.training
+    captioner.adapters.eval()
+    figures = measure_with(config, captioner, images, patches)
+    if config.evaluate.blank_patches:
+        blank = measure_with(config, captioner, images, lambda keys: torch.zeros_like(patches(keys)))
+        figures |= {f"blank/{name}": value for name, value in blank.items()}
+    captioner.adapters.train(was_training)
+    return figures
+
+
+def measure_with(config: SmallCapFit, captioner: SmallCap, images: StoredImages, patches: PatchSource) -> dict[str, float]:
+    """The scores, with these patch states; `copied_share` of the captions stood in their own prompt, word by word."""
     is_copied: list[bool] = []
 
     def write(row_N: Tensor, keys: Sequence[str]) -> list[str]:
@@ -205,9 +224,6 @@ def measure(config: SmallCapFit, captioner: SmallCap, images: StoredImages, patc
         is_copied.extend(tokenize_caption(one.caption) in map(tokenize_caption, one.retrieved) for one in written)
         return [one.caption for one in written]
 
-    was_training = captioner.adapters.training
-    captioner.adapters.eval()
     figures, _ = images.measure(write)
-    captioner.adapters.train(was_training)
     num_copied = sum_over_ranks(torch.tensor(float(sum(is_copied)), device=captioner.lm.device)).item()
     return {**figures, "copied_share": num_copied / figures["num_images"]}

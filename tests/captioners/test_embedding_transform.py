@@ -57,7 +57,21 @@ def test_a_transform_comes_back_from_its_tensors():
     again = from_tensors(transform.kinds, transform.tensors("x."), "x.")
     assert torch.equal(again(train_rows()), transform(train_rows()))
     assert again.fingerprint == transform.fingerprint
-    assert len({fit(*kinds).fingerprint for kinds in ((), ("l2",), ("centre",), ("zscore",), ("l2", "centre"))}) == 5
+    kinds = ((), ("l2",), ("centre",), ("zscore",), ("whiten",), ("l2", "centre"))
+    assert len({fit(*some).fingerprint for some in kinds}) == len(kinds)
+
+
+def test_whitened_rows_are_uncorrelated_and_directions_without_variance_stay_empty():
+    rows = train_rows().double()
+    mixed = torch.cat([rows, rows[:, :1] + rows[:, 1:2]], dim=1)
+    transform = fit_transform(["whiten"], lambda: mixed.split(7))
+    out = transform(mixed)
+    product_EE = out.T @ out / N
+    torch.testing.assert_close(out.mean(0), torch.zeros(E + 1).double(), atol=1e-8, rtol=0)
+    torch.testing.assert_close(product_EE @ product_EE, product_EE, atol=1e-6, rtol=0)
+    assert round(product_EE.trace().item()) == E
+    again = from_tensors(transform.kinds, transform.tensors("x."), "x.")
+    assert torch.equal(again(mixed), out)
 
 
 def test_then_l2_is_added_once():
@@ -67,8 +81,8 @@ def test_then_l2_is_added_once():
 
 
 def test_what_cannot_be_fitted_is_refused():
-    with pytest.raises(ConfigError, match="'whiten'"):
-        fit("whiten")
+    with pytest.raises(ConfigError, match="'rotate'"):
+        fit("rotate")
     with pytest.raises(DataError, match="found none"):
         fit_transform(["centre"], lambda: [])
     with pytest.raises(DataError, match="NaN"):

@@ -150,8 +150,9 @@ def test_a_saved_captioner_writes_the_same_and_says_what_is_not_there_any_more(k
     else:
         tree = {**options, "prompt": {"template": "sitta", "num_items": 4}, "num_prompts": 3, "choose_by": "aCLIP-S"}
         config = parse_config(SittaConfig, tree, source="tests")
-        token_map = fit_token_map(encoder, train, TokenVocabulary(lm), config.token_map)
-        light = Sitta(encoder, lm, token_map, fit_image_to_text(train, AlignmentConfig()), config)
+        vocabulary = TokenVocabulary(lm)
+        token_map = fit_token_map(encoder, train, vocabulary, config.token_map)
+        light = Sitta(encoder, vocabulary, token_map, fit_image_to_text(train, AlignmentConfig()), config)
     light.save(tmp_path / "captioner")
     write_fit(tmp_path / "captioner", {"fit_seconds": 1.5})
     images = [Image.effect_noise((20, 30), sigma).convert("RGB") for sigma in (10, 200, 90)]

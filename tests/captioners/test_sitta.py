@@ -13,7 +13,7 @@ from sycoca.captioners.alignment import AlignmentConfig, fit_image_to_text
 from sycoca.captioners.encoder import hash_weights
 from sycoca.captioners.score import AlignedScorer, ClipScorer
 from sycoca.captioners.sitta import Sitta, SittaConfig
-from sycoca.captioners.sitta_maps import TokenMapConfig, fit_token_map, read_token_pairs
+from sycoca.captioners.sitta_maps import TokenMapConfig, build_vocabulary, fit_token_map, read_token_pairs
 from sycoca.captioners.sitta_report import compare_maps, first_of_each, ndcg, token_ndcg
 from sycoca.captioners.token_vocabulary import TokenVocabulary
 from sycoca.captioners.transform import fit_transform
@@ -31,9 +31,10 @@ def build_sitta(choose_by: str = "CLIP-S", seed: int = 0, **changes: Any) -> Sit
     }  # fmt: skip
     config = parse_config(SittaConfig, tree | changes, source="tests")
     encoder, train = build_encoder(seed), make_pairs(build_encoder(seed), NUM_TRAIN, seed=seed)
-    token_map = fit_token_map(encoder, train, TokenVocabulary(toy_lm()), config.token_map)
+    vocabulary = build_vocabulary(toy_lm(), train, config.token_map)
+    token_map = fit_token_map(encoder, train, vocabulary, config.token_map)
     chooser = fit_image_to_text(train, AlignmentConfig()) if choose_by == "aCLIP-S" else None
-    return Sitta(encoder, toy_lm(), token_map, chooser, config)
+    return Sitta(encoder, vocabulary, token_map, chooser, config)
 
 
 @pytest.mark.parametrize("method", ["ols", "ridge", "procrustes", "robust"])
@@ -85,6 +86,19 @@ def test_targets_are_standardised_over_the_vocabulary_in_fitting_and_in_searchin
     found = vocabulary.search(vocabulary.embedding_NF[rows], 1)
     assert found == [[vocabulary.words[row]] for row in rows]
     assert build_sitta().token_map.target_transform.fingerprint == vocabulary.transform.fingerprint
+
+
+def test_only_words_of_captions_are_found_where_that_is_asked_and_whitened_words_lie_apart():
+    sitta = build_sitta(token_map={"templates": ["{}"], "words": "captions", "token_transform": ["whiten"]})
+    train = make_pairs(sitta.encoder, NUM_TRAIN, seed=0)
+    said = {word for text in train.texts for word in content_words(text)}
+    assert set(sitta.vocabulary.words) == said & set(TokenVocabulary(toy_lm()).words)
+    assert {word for words in sitta.retrieve(train.image_NE[:20]) for word in words} <= said
+    covariance_FF = torch.cov(sitta.vocabulary.embedding_NF.T.double(), correction=0)
+    value_F = torch.linalg.eigvalsh(covariance_FF)
+    assert ((value_F - 1).abs() < 1e-3).logical_or(value_F.abs() < 1e-3).all() and value_F.max() > 0.5
+    with pytest.raises(DataError, match="none of the language model's tokens"):
+        TokenVocabulary(toy_lm(), allowed=["unheard"])
 
 
 def test_words_are_clean_different_and_ranked_by_cosine():
@@ -145,9 +159,9 @@ def test_no_graph_is_built_and_no_weight_moves():
 def test_a_map_of_another_encoder_or_vocabulary_is_refused():
     sitta = build_sitta()
     with pytest.raises(DataError, match="do not belong together"):
-        Sitta(build_encoder(3), sitta.lm, sitta.token_map, None, sitta.config)
+        Sitta(build_encoder(3), sitta.vocabulary, sitta.token_map, None, sitta.config)
     with pytest.raises(DataError, match="aCLIP-S alone needs"):
-        Sitta(sitta.encoder, sitta.lm, sitta.token_map, sitta.token_map, sitta.config)
+        Sitta(sitta.encoder, sitta.vocabulary, sitta.token_map, sitta.token_map, sitta.config)
     with pytest.raises(ConfigError, match="num_prompts makes the random orders"):
         parse_config(SittaConfig, {"lm": {"name": "x"}, "prompt": {"order": "permute"}}, source="tests")
     pairs = replace(make_pairs(build_encoder(), 4, seed=1), texts=["the"] * 8)

@@ -55,7 +55,9 @@ def smallcap(parts: Path, scenes: Path, folder: Path) -> SmallCapFit:  # noqa: F
     captioner = {"type": "smallcap", "lm": {"name": str(parts / "lm")}, "reduction": 2,
                  "prompt": {"num_items": 2, "max_tokens": 40}, "generation": {"max_tokens": 6}}  # fmt: skip
     data = {"batch_size": 3, "max_tokens": 12, "pool": 4}
-    return parse_config(SmallCapFit, {**shared(parts, scenes, folder), "captioner": captioner, "data": data}, source="tests")
+    tree = {**shared(parts, scenes, folder), "captioner": captioner, "data": data}
+    tree["evaluate"]["blank_patches"] = True
+    return parse_config(SmallCapFit, tree, source="tests")
 
 
 def cgtgan(parts: Path, scenes: Path, folder: Path, **changes: Any) -> CgTGanFit:  # noqa: F811
@@ -96,7 +98,7 @@ def test_smallcap_trains_nothing_but_its_adapters_and_goes_on_where_it_stopped(
     frozen = hash_weights(load_lm(parts / "lm").model, ""), load_encoder(config.encoder).fingerprint
     result = fit_smallcap(config)
     assert result["step"] == 4 and result["fit_seconds"] > 0 and "CIDEr" in result
-    assert 0 <= float(result["copied_share"]) <= 1
+    assert 0 <= float(result["copied_share"]) <= 1 and result["blank/num_images"] == result["num_images"]
     first = load_file(tmp_path / "run/checkpoints/step_00000002/model.safetensors")
     last = weights_of(tmp_path / "run")
     assert {name.partition(".")[0] for name in last} == {"adapters"}
