@@ -40,6 +40,7 @@ class ClassRecords:
         self._store = store
         self._row_N = row_N
         self._label_N = label_N
+        self.image_N, self.group_size = np.arange(len(row_N)), 1
         self._is_one_source = len(store.sources()) == 1
 
     def __len__(self) -> int:

@@ -1,6 +1,7 @@
 """Samples of one size to the tensors of a batch."""
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,9 +52,21 @@ def collate_pairs(samples: Sequence[AnySample], transform: TransformConfig, *, p
     }
 
 
-def stack_targets(samples: Sequence[LabelledSample]) -> torch.Tensor:
-    """B int64 of classes, or float32 (B, number of answers)."""
-    return torch.from_numpy(np.stack([np.asarray(sample.target) for sample in samples]))
+def collate_labelled(
+    samples: Sequence[LabelledSample], transform: TransformConfig, *, pad: int, num_columns: int
+) -> dict[str, Any]:
+    """As `collate_pairs`, with `target` (B int64 of classes, or float32 B x answers) and `image_row` (B int64): samples that
+    follow each other and hold the same array of pixels share a row of `image`."""
+    token_BL, length_B = pad_rows([sample.token for sample in samples], num_columns, pad)
+    is_new_B = [place == 0 or sample.pixel_HWC is not samples[place - 1].pixel_HWC for place, sample in enumerate(samples)]
+    return {
+        "image": normalise([sample.pixel_HWC for sample in compress(samples, is_new_B)], transform),
+        "image_row": torch.tensor(is_new_B).cumsum(0) - 1,
+        "token": token_BL,
+        "length": length_B,
+        "target": torch.from_numpy(np.stack([np.asarray(sample.target) for sample in samples])),
+        "key": [sample.key for sample in samples],
+    }
 
 
 def collate_images(samples: list[EvalSample], transform: TransformConfig) -> dict[str, Any]:

@@ -19,7 +19,10 @@ Stand = dict[str, Any]
 
 
 class Unit(NamedTuple):
-    """Samples `start`, `start + step`, ... of a group of an epoch, as stream `stream` of `num_streams` mixes it."""
+    """Samples `start`, `start + step`, ... of a group of an epoch, as stream `stream` of `num_streams` mixes it.
+
+    Records' epochs are one group, which all `num_streams` share; `stream` is 0.
+    """
 
     epoch: int
     stream: int
@@ -51,7 +54,7 @@ class Layout(NamedTuple):
     def units(self, epoch: int, stream: int, num_streams: int) -> list[Unit]:
         """A stream's units of an epoch, in the order of their groups."""
         if self.kind == "records":
-            return [Unit(epoch, 0, 1, 0, stream, num_streams)]
+            return [Unit(epoch, 0, num_streams, 0, stream, num_streams)]
         num_parts = len(deal_shards(list(range(self.num_shards)), stream, num_streams))
         return [Unit(epoch, stream, num_streams, group, 0, 1) for group in range(-(-num_parts // self.shards_per_group))]
 

@@ -6,7 +6,7 @@ workers take turns at those, so a position is (epoch, offset): resuming reads no
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from random import Random
 from typing import Any, Protocol
 
@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
-from sycoca.data.collate import LabelledSample, stack_targets
+from sycoca.data.collate import LabelledSample, collate_labelled
 from sycoca.data.decode import SampleError, decode_image
 from sycoca.data.elastic import Layout, Stand, Unit, walk_units
+from sycoca.data.order import deal_runs, mix_in_groups
 from sycoca.data.position import DropLog
 from sycoca.data.stream import (
     MAX_EMPTY_EPOCHS,
@@ -30,12 +31,17 @@ from sycoca.data.stream import (
     loader_worker,
 )
 from sycoca.data.tokenizer import Tokenizer
-from sycoca.data.transforms import eval_pixels, train_pixels
+from sycoca.data.transforms import Pixels, eval_pixels, train_pixels
 from sycoca.types import DataError
 
 
 class Records(Protocol):
     """Labelled images, by number. Held by every loader worker: arrays, not lists (they share memory)."""
+
+    image_N: NDArray[np.int64]
+    """The number of each record's image: records that are about one image have the same."""
+    group_size: int
+    """In training, up to so many records about one image come one after the other, with one crop of it."""
 
     def __len__(self) -> int: ...
 
@@ -76,6 +82,7 @@ def build_indexed_train_loader(
 ) -> DataLoader:
     """An infinite stream of full batches: `sycoca.types.Batch` with `target` (B int64, or float32 B x answers).
 
+    `image` has one row for records about one image that follow each other, and `image_row` (B int64) says each sample's.
     `resume` is what `PositionTracker.state()` gave on this rank: the next batch is then the one that followed.
     Raises DataError for fewer records than loader workers on all ranks, CheckpointError for a `resume` of another order.
     """
@@ -90,8 +97,8 @@ def build_indexed_eval_loader(
 ) -> DataLoader:
     """Each record once: rank r of n takes records r, r + n, ... in order. Batches at the end may be short, a rank may get none.
 
-    Yields `image` (BCHW float32), `token`, `length`, `key`, `target` and `num_dropped` by reason: an image that cannot be read
-    gives no row.
+    Yields `image` (NCHW float32), `token`, `length`, `key`, `target`, `image_row` and `num_dropped` by reason: an image that
+    cannot be read gives no row. Records about one image share its row where they follow each other.
     """
     stream = _EvalStream(records, config, tokenizer=tokenizer, rank=rank, world_size=world_size, batch_size=batch_size)
     return build_loader(stream, config.num_workers)
@@ -110,9 +117,10 @@ class _TrainStream(TrainStream[IndexedConfig]):
                 "lower data.num_workers, or add data"
             )
         self._records = records
-        digest = _digest_keys(records)
-        self._order = fingerprint((seed, rank, self._num_workers, self._num_streams, len(records), digest))
-        self._data = fingerprint((seed, len(records), digest))
+        self._last = _LastPixels()
+        facts = (len(records), _digest_keys(records), *([records.group_size] if records.group_size > 1 else []))
+        self._order = fingerprint((seed, rank, self._num_workers, self._num_streams, *facts))
+        self._data = fingerprint((seed, *facts))
 
     @property
     def order(self) -> str:
@@ -146,7 +154,10 @@ class _TrainStream(TrainStream[IndexedConfig]):
         )  # fmt: skip
 
     def _read(self, unit: Unit) -> Iterator[int]:
-        order_N = np.random.default_rng((self._seed, unit.epoch)).permutation(len(self._records))
+        generator = np.random.default_rng((self._seed, unit.epoch))
+        order_N = mix_in_groups(self._records.image_N, self._records.group_size, generator)
+        if self._records.group_size > 1:
+            order_N = deal_runs(order_N, unit.num_streams)
         return map(int, order_N[unit.start :: unit.step])
 
     def _decode(self, item: int, epoch: int, drops: DropLog) -> LabelledSample | None:
@@ -154,15 +165,21 @@ class _TrainStream(TrainStream[IndexedConfig]):
         key = records.key(item)
         generator = Random(f"{self._seed}/{epoch}/{key}")
         token = self._tokenizer.encode(records.text(item, generator), config.max_tokens + 1)  # one more shows what will be cut
-        image = _read_image(records, item, config=config, draft_size=self._draft_size, drops=drops)
-        if image is None:
-            return None
+        number = item
+        if records.group_size > 1:  # one crop for all that is asked about an image
+            number, generator = int(records.image_N[item]), Random(f"{self._seed}/{epoch}/{records.image_name(item)}")
+        pixel_HWC = self._last.get((epoch, number))
+        if pixel_HWC is None:
+            image = _read_image(records, item, config=config, draft_size=self._draft_size, drops=drops)
+            if image is None:
+                return None
+            pixel_HWC = self._last.keep((epoch, number), train_pixels(image, config.transform, generator=generator))
+        drops.num_kept += 1
         token = self._shorten(token, records.image_name(item), drops)
-        pixel_HWC = train_pixels(image, config.transform, generator=generator)
         return LabelledSample(key, pixel_HWC, token, records.target(item))
 
     def _collate(self, samples: list[LabelledSample]) -> dict[str, Any]:
-        return {**super()._collate(samples), "target": stack_targets(samples)}
+        return collate_texts(samples, self._config, self._tokenizer, collate_labelled)
 
 
 class _EvalStream(IterableDataset[dict[str, Any]]):
@@ -175,6 +192,7 @@ class _EvalStream(IterableDataset[dict[str, Any]]):
         self._rank = rank
         self._world_size = world_size
         self._batch_size = batch_size
+        self._last = _LastPixels()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         drops = DropLog(self._config.max_bad_share)
@@ -191,13 +209,35 @@ class _EvalStream(IterableDataset[dict[str, Any]]):
         records, config = self._records, self._config
         key = records.key(index)
         token = self._tokenizer.encode(records.text(index, Random(key)), config.max_tokens)
-        image = _read_image(records, index, config=config, draft_size=0, drops=drops)
-        if image is None:
-            return None
-        return LabelledSample(key, eval_pixels(image, config.transform), token, records.target(index))
+        number = int(records.image_N[index])
+        pixel_HWC = self._last.get(number)
+        if pixel_HWC is None:
+            image = _read_image(records, index, config=config, draft_size=0, drops=drops)
+            if image is None:
+                return None
+            pixel_HWC = self._last.keep(number, eval_pixels(image, config.transform))
+        drops.num_kept += 1
+        return LabelledSample(key, pixel_HWC, token, records.target(index))
 
     def _collate(self, samples: list[LabelledSample]) -> dict[str, Any]:
-        return {**collate_texts(samples, self._config, self._tokenizer), "target": stack_targets(samples)}
+        return collate_texts(samples, self._config, self._tokenizer, collate_labelled)
+
+
+class _LastPixels:
+    """What was made of the image before: the records about one follow each other, and share the array."""
+
+    def __init__(self) -> None:
+        self._name: Hashable = None
+        self._pixel_HWC: Pixels | None = None
+
+    def get(self, name: Hashable) -> Pixels | None:
+        """None where another image came before."""
+        return self._pixel_HWC if name == self._name else None
+
+    def keep(self, name: Hashable, pixel_HWC: Pixels) -> Pixels:
+        """The same pixels."""
+        self._name, self._pixel_HWC = name, pixel_HWC
+        return pixel_HWC
 
 
 def _read_image(
@@ -211,7 +251,6 @@ def _read_image(
     except SampleError as error:
         drops.add(error.reason, records.image_name(index))
         return None
-    drops.num_kept += 1
     return image
 
 

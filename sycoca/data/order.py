@@ -5,6 +5,9 @@ from itertools import count, islice
 from random import Random
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 Item = TypeVar("Item")
 
 
@@ -57,3 +60,28 @@ def shuffle(items: Iterator[Item], *, buffer_size: int, generator: Random) -> It
     generator.shuffle(held)
     while held:
         yield held.pop()
+
+
+def mix_in_groups(owner_N: NDArray[np.int64], group_size: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """A permutation of N records in which up to `group_size` of one owner stand side by side, in a mixed order of groups.
+
+    Which of an owner's records come together is drawn too. With groups of one it is `generator.permutation(N)`.
+    """
+    mixed_N = generator.permutation(len(owner_N))
+    if group_size == 1:
+        return mixed_N
+    by_owner_N = mixed_N[np.argsort(owner_N[mixed_N], kind="stable")]
+    place_N = np.arange(len(owner_N))
+    is_first_N = np.diff(owner_N[by_owner_N], prepend=-1) != 0
+    turn_N = place_N - np.maximum.accumulate(np.where(is_first_N, place_N, 0))
+    group_N = np.cumsum(turn_N % group_size == 0) - 1
+    turn_of_group = generator.permutation(group_N[-1] + 1)
+    return by_owner_N[np.argsort(turn_of_group[group_N], kind="stable")]
+
+
+def deal_runs(order_N: NDArray[np.int64], num_streams: int) -> NDArray[np.int64]:
+    """Another order, of which places s, s + n, s + 2n, ... are a run of neighbours in this one, for each stream s of n."""
+    dealt_N = np.empty_like(order_N)
+    for stream, run in enumerate(np.array_split(order_N, num_streams)):
+        dealt_N[stream::num_streams] = run
+    return dealt_N

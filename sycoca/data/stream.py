@@ -180,11 +180,13 @@ class TrainStream(IterableDataset[dict[str, Any]], Generic[Settings], ABC):
         }
 
 
-def collate_texts(samples: Sequence[AnySample], config: LoaderConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """`Batch` without its position, padded to the longest text of the batch, rounded up."""
+def collate_texts(
+    samples: Sequence[Any], config: LoaderConfig, tokenizer: Tokenizer, collate: Callable[..., dict[str, Any]] = collate_pairs
+) -> dict[str, Any]:
+    """`Batch` without its position, padded to the longest text of the batch, rounded up. `collate`: data/collate.py."""
     longest = max(len(sample.token) for sample in samples)
     columns = num_columns(longest, round_to=config.round_to, max_tokens=config.max_tokens)
-    return collate_pairs(samples, config.transform, pad=tokenizer.pad, num_columns=columns)
+    return collate(samples, config.transform, pad=tokenizer.pad, num_columns=columns)
 
 
 def batch_once(

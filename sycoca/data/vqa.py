@@ -80,15 +80,18 @@ class VqaRecords:
     """Questions with soft targets over a vocabulary (`Records` of data/indexed.py).
 
     A question none of whose answers is in the vocabulary has no target: its row is 0; `num_without_target` counts them.
+    In training up to `questions_per_image` questions on one image come one after the other.
     """
 
-    def __init__(self, data: VqaData, vocabulary: AnswerVocabulary):
+    def __init__(self, data: VqaData, vocabulary: AnswerVocabulary, *, questions_per_image: int = 1):
         self.vocabulary = vocabulary
+        self.group_size = questions_per_image
         self._stores = data.stores
         self._text_N = PackedTexts(question.text for question in data.questions)
         self._id_N = np.array([question.question_id for question in data.questions], dtype=np.int64)
         self._store_N = np.array([question.store for question in data.questions], dtype=np.int32)
         self._row_N = np.array([question.row for question in data.questions], dtype=np.int64)
+        _, self.image_N = np.unique(np.stack([self._store_N, self._row_N]), axis=1, return_inverse=True)
         targets = [_soft_targets(question, data.annotations, vocabulary) for question in data.questions]
         self._start_N = np.array(list(accumulate(map(len, targets), initial=0)), dtype=np.int64)
         self._place_K = np.array([place for target in targets for place in target], dtype=np.int32)

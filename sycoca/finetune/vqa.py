@@ -44,6 +44,8 @@ class VqaDataConfig(IndexedConfig):
     """What is trained on; `max_tokens` is the longest question. Size, means and deviations of the transform are the model's."""
 
     sources: list[AnyVqaSource]
+    questions_per_image: int = Field(default=1, ge=1)
+    """Up to so many questions on one image, and one crop of it, stand side by side in a batch: it is encoded once for them."""
 
 
 class AnswersConfig(Config):
@@ -101,12 +103,11 @@ class VqaAnswerer:
         if not questions:
             return []
         token_BL, length_B = self.subject.tokenizer.tokenize(list(questions), self.settings.max_question_tokens)
-        return self.answer_tokens(to_pixels(images, self.subject), token_BL, length_B)
+        return self.answer_tokens(to_pixels(images, self.subject), token_BL, length_B, torch.arange(len(questions)))
 
-    def answer_tokens(self, image_BCHW: Tensor, token_BL: Tensor, length_B: Tensor) -> list[str]:
-        """As `answer`, of transformed images and tokenised questions."""
-        device = self.subject.device
-        return self.network.answer(image_BCHW.to(device), token_BL.to(device), length_B.to(device))
+    def answer_tokens(self, image_NCHW: Tensor, token_BL: Tensor, length_B: Tensor, image_row_B: Tensor) -> list[str]:
+        """As `answer`, of transformed images, tokenised questions and the row of the image that each is about."""
+        return self.network.answer(*(t.to(self.subject.device) for t in (image_NCHW, token_BL, length_B, image_row_B)))
 
 
 def load_vqa(path: str | Path, *, device: torch.device | str = "cpu") -> VqaAnswerer:
@@ -140,7 +141,8 @@ def finetune_vqa(config: FinetuneVqaConfig) -> dict[str, float | str | int]:
     num_answer_tokens = config.answers.max_tokens if config.mode == "generate" else 0
     check_room(start.model, num_question_tokens=config.data.max_tokens, num_answer_tokens=num_answer_tokens)
     data = read_answered(config.data.sources, "data.sources")
-    return run_job(config, build_job(config, start, VqaRecords(data, choose_answers(config.answers, data))), accelerator)
+    answers, num_together = choose_answers(config.answers, data), config.data.questions_per_image
+    return run_job(config, build_job(config, start, VqaRecords(data, answers, questions_per_image=num_together)), accelerator)
 
 
 def read_answered(sources: Sequence[AnyVqaSource], name: str) -> VqaData:
@@ -219,7 +221,7 @@ def answer_records(
     )
     own: dict[int, str] = {}
     for batch in loader:
-        answers = answerer.answer_tokens(batch["image"], batch["token"], batch["length"])
+        answers = answerer.answer_tokens(batch["image"], batch["token"], batch["length"], batch["image_row"])
         own |= zip(map(int, batch["key"]), answers, strict=True)
     found = gather_predictions(own)
     ids = [records.question_id(index) for index in range(len(records))]

@@ -14,6 +14,7 @@ from sycoca.data.tokenizer import Tokenizer, pad_rows
 from sycoca.distributed import sum_over_ranks, world_size
 from sycoca.generation import GenerationConfig, decode
 from sycoca.models.decoding import CaptionStep
+from sycoca.models.packing import Packing
 from sycoca.models.sycoca import Part, SyCoCa
 from sycoca.models.text import TextEncoder
 from sycoca.models.text_decoder import TextDecoder
@@ -25,8 +26,10 @@ VQA_PARTS: frozenset[Part] = frozenset({"text", "text_decoder"})
 
 
 class QuestionBatch(Batch):
-    """Images with questions (`token`, `length`)."""
+    """Questions (`token`, `length`) on images, of which there may be fewer."""
 
+    image_row: Tensor
+    """B int64: the row of `image` that each question is about."""
     target: Tensor
     """(B, N) float32: in [0, 1], how right each of the N known answers is."""
 
@@ -46,24 +49,25 @@ class AnswerClassifier(nn.Module):
         """The loss of this rank's questions, and how right the most probable answers are (`score`, in [0, 1])."""
         target_BN = batch["target"]
         with precision(target_BN.device, is_bf16=self.is_bf16, is_recomputed=self.model.config.recompute):
-            logit_BN = self.logits(batch["image"], batch["token"], batch["length"])
+            logit_BN = self.logits(batch["image"], batch["token"], batch["length"], batch["image_row"])
         loss = F.binary_cross_entropy_with_logits(logit_BN, target_BN, reduction="sum") / target_BN.shape[0]
         score = target_BN.gather(1, logit_BN.argmax(1, keepdim=True)).mean()
         return loss, {"loss": loss.detach(), "score": score.detach()}
 
-    def logits(self, image_BCHW: Tensor, token_BL: Tensor, length_B: Tensor) -> Tensor:
-        """BN float32."""
+    def logits(self, image_NCHW: Tensor, token_BL: Tensor, length_B: Tensor, image_row_B: Tensor) -> Tensor:
+        """BN float32. Each image is encoded, and made keys and values of, once for all its questions."""
         text, decoder = text_parts(self.model)
-        patch_BPD, _ = self.model.vision(image_BCHW)
+        patch_NPD, _ = self.model.vision(image_NCHW)
         token_BLD, _ = text(token_BL, length_B)
-        state_BLD = decoder.stack(token_BLD, patch_BPD)
+        packing = Packing(length_B, token_BL.shape[1], image_row_B)
+        state_BLD = packing.pad(decoder.stack(packing.pack(token_BLD), patch_NPD, packing=packing))
         last_B1D = (length_B - 1)[:, None, None].expand(-1, 1, state_BLD.shape[-1])
         return self.head(state_BLD.gather(1, last_B1D)[:, 0]).float()
 
     @torch.no_grad()
-    def answer(self, image_BCHW: Tensor, token_BL: Tensor, length_B: Tensor) -> list[str]:
+    def answer(self, image_NCHW: Tensor, token_BL: Tensor, length_B: Tensor, image_row_B: Tensor) -> list[str]:
         """The most probable known answers."""
-        return [self.answers[place] for place in self.logits(image_BCHW, token_BL, length_B).argmax(1).tolist()]
+        return [self.answers[place] for place in self.logits(image_NCHW, token_BL, length_B, image_row_B).argmax(1).tolist()]
 
 
 class AnswerWriter(nn.Module):
@@ -95,21 +99,21 @@ class AnswerWriter(nn.Module):
         token_BL, label_BL = append_answers(batch["token"], batch["length"], self.answer_NT[chosen_B], length_of_answer_B)
         text, decoder = text_parts(self.model)
         with precision(token_BL.device, is_bf16=self.is_bf16, is_recomputed=self.model.config.recompute):
-            patch_BPD, _ = self.model.vision(batch["image"])
+            patch_NPD, _ = self.model.vision(batch["image"])
             token_BLD, _ = text(token_BL, batch["length"] + length_of_answer_B)
-            total = decoder(token_BLD, patch_BPD, label_BL)
+            total = decoder(token_BLD, patch_NPD, label_BL, memory_row_B=batch["image_row"])
         loss = total * world_size() / sum_over_ranks((label_BL >= 0).sum()).clamp(min=1)
         return loss, {"loss": loss.detach()}
 
     @torch.no_grad()
-    def answer(self, image_BCHW: Tensor, token_BL: Tensor, length_B: Tensor) -> list[str]:
+    def answer(self, image_NCHW: Tensor, token_BL: Tensor, length_B: Tensor, image_row_B: Tensor) -> list[str]:
         """What the decoder writes after each question, greedily. Questions of one length are decoded together: no padding
         stands between a question and its answer, and no mask is needed."""
-        patch_BPD, _ = self.model.vision(image_BCHW)
+        patch_NPD, _ = self.model.vision(image_NCHW)
         written: dict[int, str] = {}
         for length in length_B.unique().tolist():
             row_N = (length_B == length).nonzero()[:, 0]
-            step = CaptionStep(self.model, patch_BPD[row_N])
+            step = CaptionStep(self.model, patch_NPD[image_row_B[row_N]])
             tokens = decode(step, token_BL[row_N, :length], self.generation, eos=self.tokenizer.eos).token_NJT[:, 0]
             written |= zip(row_N.tolist(), map(self.tokenizer.decode, tokens.tolist()), strict=True)
         return [written[row] for row in range(len(written))]

@@ -81,6 +81,9 @@ class CrossAttention(nn.Module):
         query_BLD = self.query(x_BLD) if packing is None else packing.pad(self.query(x_BLD))
         query = rearrange(query_BLD, "b l (h d) -> b h l d", h=self.num_heads)
         key, value = self._key_value(memory_BMF, cache)
+        if packing is not None and packing.memory_row_B is not None:  # projected once a memory, not once a text
+            key, value = (rows.index_select(0, packing.memory_row_B) for rows in (key, value))
+            is_real_BM = None if is_real_BM is None else is_real_BM[packing.memory_row_B]
         mask = None if is_real_BM is None else is_real_BM[:, None, None, :]
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0

@@ -1,4 +1,4 @@
-"""Captions without their padding: rows of real tokens, so that a batch costs what it says and not what its longest one does."""
+"""Texts without their padding: rows of real tokens, so that a batch costs what it says and not what its longest one does."""
 
 import torch
 from torch import Tensor
@@ -11,9 +11,11 @@ class Packing:
     """Where the rows of packed tokens (N) stand in a padded batch (B, L).
 
     All real places are among them; a few of the padding fill the number of rows up to a multiple of ROUND_ROWS_TO.
+    memory_row_B: the row of the memory that each text looks at, where several share one; None: its own.
     """
 
-    def __init__(self, length_B: Tensor, num_places: int):
+    def __init__(self, length_B: Tensor, num_places: int, memory_row_B: Tensor | None = None):
+        self.memory_row_B = memory_row_B
         is_real_BL = torch.arange(num_places, device=length_B.device) < length_B[:, None]
         self.shape = is_real_BL.shape
         num_rows = num_packed(int(length_B.sum()), self.shape.numel())

@@ -37,13 +37,17 @@ class TextDecoder(nn.Module):
 
     def forward(
         self, token_BLD: Tensor, memory_BMF: Tensor, label_BL: Tensor | None = None,
-        caches: list[AttentionCache] | None = None, label_smoothing: float = 0.0,
+        caches: list[AttentionCache] | None = None, label_smoothing: float = 0.0, memory_row_B: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Without labels BLV logits; with labels the cross-entropy summed over all labels that are not negative."""
+        """Without labels BLV logits; with labels the cross-entropy summed over all labels that are not negative.
+
+        memory_row_B: with labels, the row of the memory that each text looks at; None: its own.
+        """
         if label_BL is None:
             return self.vocabulary(self.stack(token_BLD, memory_BMF, caches=caches))
         place_L = torch.arange(1, label_BL.shape[1] + 1, device=label_BL.device)
-        packing = Packing(((label_BL >= 0) * place_L).amax(dim=1), label_BL.shape[1])  # causal: up to the last label
+        num_read_B = ((label_BL >= 0) * place_L).amax(dim=1)  # causal: up to the last label
+        packing = Packing(num_read_B, label_BL.shape[1], memory_row_B)
         state_ND = self.stack(packing.pack(token_BLD), memory_BMF, packing=packing)
         label_N = packing.pack(label_BL)
         return self.vocabulary(state_ND[label_N >= 0], label_N[label_N >= 0], label_smoothing)

@@ -3,7 +3,8 @@
 import json
 from collections import Counter
 from functools import lru_cache
-from itertools import islice
+from itertools import groupby, islice
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 import torch
 from shard_maker import encode_image
 
+from sycoca.data.elastic import load_positions
 from sycoca.data.indexed import IndexedConfig, build_indexed_eval_loader, build_indexed_train_loader
+from sycoca.data.order import deal_runs, mix_in_groups
 from sycoca.data.position import DropCounter, PositionTracker
 from sycoca.data.tokenizer import Tokenizer, build_tokenizer
 from sycoca.types import CheckpointError, DataError
@@ -22,10 +25,18 @@ encode = lru_cache(encode_image)
 
 
 class MadeRecords:
-    """Noise images with their number as text and class; those in `bad` are broken. Counts what is read."""
+    """Noise images, one for `per_image` records, with the record's number as text and class; those in `bad` are broken.
 
-    def __init__(self, num: int = NUM, *, bad: tuple[int, ...] = (), num_answers: int = 0, is_drawing: bool = False):
+    Counts what is read.
+    """
+
+    def __init__(
+        self, num: int = NUM, *, bad: tuple[int, ...] = (), num_answers: int = 0, is_drawing: bool = False,
+        per_image: int = 1, group_size: int = 1,
+    ):  # fmt: skip
         self.num = num
+        self.group_size = group_size
+        self.image_N = np.arange(num) // per_image
         self.bad = bad
         self.num_answers = num_answers
         self.is_drawing = is_drawing
@@ -38,11 +49,12 @@ class MadeRecords:
         return f"k{index}"
 
     def image_name(self, index: int) -> str:
-        return f"folder/{index}.jpg"
+        return f"folder/{self.image_N[index]}.jpg"
 
     def image(self, index: int) -> bytes:
         self.num_read += 1
-        return b"" if index in self.bad else encode(index)
+        number = int(self.image_N[index])
+        return b"" if number in self.bad else encode(number)
 
     def text(self, index: int, generator: Random) -> str:
         return f"photo {generator.randrange(1000) if self.is_drawing else index}"
@@ -240,5 +252,111 @@ def test_evaluation_repeats_itself_and_tells_what_it_dropped(clip: Tokenizer):
     assert all(torch.equal(batch["image"], other["image"]) for batch, other in zip(first, again, strict=True))
     assert [len(batch["key"]) for batch in first] == [4, 4, 4, 4, 4]
     assert sum(batch["num_dropped"].get("empty_image", 0) for batch in first) == 3
-    assert set(first[0]) == {"image", "token", "length", "key", "target", "num_dropped"}
+    assert set(first[0]) == {"image", "image_row", "token", "length", "key", "target", "num_dropped"}
     assert first[0]["target"].shape == (4, 4)
+
+
+def _seen_images(batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The pixels that each sample is about, by its key."""
+    rows = ((batch["key"], batch["image"][batch["image_row"]]) for batch in batches)
+    return {key: image_CHW for keys, image_BCHW in rows for key, image_CHW in zip(keys, image_BCHW, strict=True)}
+
+
+def test_what_is_asked_about_one_image_shares_its_row_and_its_crop(clip: Tokenizer):
+    records = MadeRecords(24, per_image=4, group_size=4)
+    batches = _train(records, _config(batch_size=8), clip, 3)
+    assert [len(batch["image"]) for batch in batches] == [2, 2, 2]
+    assert records.num_read == 6
+    images = _seen_images(batches)
+    assert sorted(images) == sorted(f"k{index}" for index in range(24))
+    for index in range(24):
+        assert torch.equal(images[f"k{index}"], images[f"k{index // 4 * 4}"])
+    assert not torch.equal(images["k0"], images["k4"])
+    again = _seen_images(_train(records, _config(batch_size=8), clip, 6)[3:])
+    assert not torch.equal(images["k0"], again["k0"])  # another epoch, another crop
+
+
+def test_no_more_than_the_group_stand_together(clip: Tokenizer):
+    batches = _train(MadeRecords(24, per_image=4, group_size=3), _config(batch_size=6), clip, 4)
+    runs = [[len(list(run)) for _, run in groupby(int(key[1:]) // 4 for key in batch["key"])] for batch in batches]
+    assert max(map(max, runs)) <= 4  # two groups of one image may meet
+    assert sum(map(len, runs)) >= 10
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_stream_of_groups_is_bit_identical(clip: Tokenizer, num_workers: int):
+    config = _config(num_workers=num_workers)
+    records = MadeRecords(46, per_image=5, group_size=4, bad=(3,))
+    whole = _train(records, config, clip, 24)
+    for stop in (1, 5, 17):
+        tracker = PositionTracker()
+        for batch in whole[:stop]:
+            tracker.update(batch["position"])
+        rest = _train(records, config, clip, 24 - stop, resume=json.loads(json.dumps(tracker.state())))
+        for batch, expected in zip(rest, whole[stop:], strict=True):
+            _assert_equal(batch, expected)
+
+
+def test_groups_are_dealt_anew_to_another_number_of_processes(clip: Tokenizer, tmp_path: Path):
+    records, seen = MadeRecords(46, per_image=5, group_size=5), Counter[str]()
+    for rank in range(2):
+        tracker = PositionTracker()
+        for batch in _train(records, _config(batch_size=3), clip, 3, rank=rank, world_size=2):
+            tracker.update(batch["position"])
+            seen.update(batch["key"])
+        (tmp_path / f"rank_{rank}.json").write_text(json.dumps(tracker.state()))
+    for rank in range(3):
+        start = load_positions(tmp_path, rank, was_world_size=2, world_size=3)
+        for batch in _train(records, _config(batch_size=2), clip, 20, rank=rank, world_size=3, resume=start):
+            if batch["position"]["epoch"] > 0:
+                break
+            seen.update(batch["key"])
+    # the last batch of a stream's epoch may reach into the next one: what is left of the epoch is at most that batch
+    assert set(seen.values()) == {1}
+    assert 46 - 3 * 2 < len(seen) <= 46
+
+
+def test_another_size_of_groups_is_another_order(clip: Tokenizer):
+    tracker = PositionTracker()
+    tracker.update(_train(MadeRecords(per_image=4, group_size=4), _config(), clip, 1)[0]["position"])
+    with pytest.raises(CheckpointError, match="another order of samples"):
+        _train(MadeRecords(per_image=4, group_size=2), _config(), clip, 1, resume=tracker.state())
+
+
+def test_each_question_on_a_bad_image_is_counted(clip: Tokenizer):
+    drops = DropCounter()
+    for batch in _train(MadeRecords(24, per_image=3, group_size=3, bad=(5,)), _config(), clip, 14):
+        drops.add(batch["position"])
+    assert drops.counts["empty_image"] in (3, 6)  # two epochs; the next batch tells what was dropped after the last
+
+
+def test_evaluation_reads_an_image_once_for_all_that_follows(clip: Tokenizer):
+    alone, shared = MadeRecords(24), MadeRecords(24, per_image=4)
+    batches = _evaluate(shared, _config(), clip, batch_size=6)
+    assert shared.num_read == 6
+    assert [len(batch["image"]) for batch in batches] == [2, 2, 2, 2]
+    expected = _seen_images(_evaluate(alone, _config(), clip))
+    for key, image_CHW in _seen_images(batches).items():
+        assert torch.equal(image_CHW, expected[f"k{int(key[1:]) // 4}"])
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 3, 50])
+def test_groups_of_an_owner_are_whole_and_their_order_is_drawn(group_size: int):
+    owner_N = np.random.default_rng(0).integers(0, 9, 40)
+    order_N, again_N, other_N = (mix_in_groups(owner_N, group_size, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert (order_N == again_N).all() and (order_N != other_N).any()
+    assert sorted(order_N.tolist()) == list(range(40))
+    num_runs = 1 + np.count_nonzero(np.diff(owner_N[order_N]))
+    num_groups = sum(-(-int(num) // group_size) for num in np.bincount(owner_N))
+    assert num_runs <= num_groups
+    if group_size == 1:
+        assert (order_N == np.random.default_rng(1).permutation(40)).all()
+    if group_size == 50:
+        assert num_runs == num_groups
+
+
+@pytest.mark.parametrize(("num", "num_streams"), [(12, 3), (13, 4), (3, 5), (7, 1)])
+def test_each_stream_reads_a_run_of_neighbours(num: int, num_streams: int):
+    dealt_N = deal_runs(np.arange(num), num_streams)
+    assert sorted(dealt_N.tolist()) == list(range(num))
+    assert all((np.diff(dealt_N[stream::num_streams]) == 1).all() for stream in range(num_streams))

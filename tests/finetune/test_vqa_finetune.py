@@ -66,14 +66,16 @@ def test_a_handful_of_questions_is_learnt_by_heart_and_the_checkpoint_answers_th
     assert sycoca.load(tmp_path / "run").caption(images[:1])  # what it learnt in pretraining is still there to be used
 
 
-def test_training_goes_on_after_an_interruption_as_if_there_had_been_none(tmp_path: Path):
+@pytest.mark.parametrize("questions_per_image", [1, 3])
+def test_training_goes_on_after_an_interruption_as_if_there_had_been_none(tmp_path: Path, questions_per_image: int):
     save_start(tmp_path / "start")
     source = write_questions(tmp_path)
+    data = {"batch_size": 4, "questions_per_image": questions_per_image}
     for name, num_steps in (("whole", 4), ("part", 2), ("part", 4)):
         optim = {"num_steps": num_steps, "final_lr_share": 1.0}
         finetune_vqa(make_config(
             tmp_path, source, mode="generate", num_steps=4, optim=optim, start={"drop_path": 0.3},
-            run={"folder": str(tmp_path / name), "checkpoint_every": 2}, data={"batch_size": 4},
+            run={"folder": str(tmp_path / name), "checkpoint_every": 2}, data=data,
         ))  # fmt: skip
     weights = [load_file(tmp_path / name / "checkpoints" / "last" / "model.safetensors") for name in ("whole", "part")]
     for name, value in weights[0].items():

@@ -61,7 +61,15 @@ def _long_positions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build_questions(target_BN: Tensor = TARGET_BN) -> QuestionBatch:
-    return QuestionBatch(**build_batch(len(target_BN), num_tokens=QUESTION_TOKENS), target=target_BN)
+    batch = build_batch(len(target_BN), num_tokens=QUESTION_TOKENS)
+    return QuestionBatch(**batch, target=target_BN, image_row=torch.arange(len(target_BN)))
+
+
+def about_images(batch: QuestionBatch, image_row: list[int]) -> tuple[QuestionBatch, QuestionBatch]:
+    """The questions about these images of the batch: once with a row for each image, once with one for each question."""
+    row_B = torch.tensor(image_row)
+    shared = QuestionBatch(**{**batch, "image": batch["image"][: row_B.max() + 1], "image_row": row_B})
+    return shared, QuestionBatch(**{**batch, "image": batch["image"][row_B]})
 
 
 def build_classifier() -> AnswerClassifier:
@@ -96,6 +104,26 @@ def test_the_classifier_s_loss_and_gradient_are_those_of_a_loop_over_unpadded_qu
     torch.testing.assert_close(loss, total)
     assert_same_gradients(found, gradients(network))
     assert float(metrics["score"]) == pytest.approx(score / len(batch["length"]))
+
+
+@pytest.mark.parametrize("build", [build_classifier, build_writer])
+def test_questions_that_share_an_image_give_the_loss_gradient_and_answers_of_questions_with_their_own(build):
+    network = build().double()
+    shared, own = about_images(build_questions(torch.eye(NUM_ANSWERS)[[1, 2, 0, 2]]), [0, 1, 1, 2])
+    found = []
+    for batch in (shared, own):
+        batch["image"] = batch["image"].double()
+        network.zero_grad()
+        loss, _ = network(batch)
+        loss.backward()
+        found.append((loss, gradients(network), network.answer(*(batch[k] for k in ("image", "token", "length", "image_row")))))
+    (loss, grads, answers), (expected_loss, expected_grads, expected_answers) = found
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=1e-12)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-9, atol=1e-12)
+    assert answers == expected_answers
+    other, _ = about_images(own | {"image_row": torch.arange(4)}, [0, 1, 0, 2])
+    assert not torch.equal(network(other)[0], loss)  # and it matters which image
 
 
 def test_the_unused_vocabulary_is_frozen_and_everything_else_of_the_classifier_learns():
@@ -149,7 +177,7 @@ def test_a_question_without_a_known_answer_teaches_the_writer_nothing():
     network = build_writer()
     target_BN = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
     batch = build_questions(target_BN)
-    kept = QuestionBatch(**take_rows(batch, [0, 2]), target=target_BN[[0, 2]])
+    kept = QuestionBatch(**take_rows(batch, [0, 2]), target=target_BN[[0, 2]], image_row=torch.arange(2))
     torch.testing.assert_close(network(batch)[0], network(kept)[0])
     assert network(build_questions(torch.zeros(2, NUM_ANSWERS)))[0].item() == 0.0
 
@@ -180,13 +208,14 @@ def test_answers_in_a_batch_are_those_of_each_question_alone(build):
     network, batch = build(), build_questions(torch.zeros(12, NUM_ANSWERS))
     assert len(set(batch["length"].tolist())) > 2
     if isinstance(network, AnswerClassifier):  # an untrained model tells questions apart a little: only that shall decide
-        logit_BN = network.logits(batch["image"], batch["token"], batch["length"])
+        logit_BN = network.logits(batch["image"], batch["token"], batch["length"], batch["image_row"])
         last = [module for module in network.head.modules() if isinstance(module, torch.nn.Linear)][-1]
         last.bias.data -= logit_BN.mean(dim=0)
-    together = network.answer(batch["image"], batch["token"], batch["length"])
+    together = network.answer(batch["image"], batch["token"], batch["length"], batch["image_row"])
     alone = []
     for row, length in enumerate(batch["length"].tolist()):
-        alone += network.answer(batch["image"][row : row + 1], batch["token"][row : row + 1, :length], torch.tensor([length]))
+        token_1L, length_1 = batch["token"][row : row + 1, :length], torch.tensor([length])
+        alone += network.answer(batch["image"][row : row + 1], token_1L, length_1, torch.tensor([0]))
     assert together == alone
     assert len(set(together)) > 1
 
@@ -204,7 +233,7 @@ def test_written_answers_are_the_uncached_argmax():
             if tokens[-1] == EOS:
                 break
         expected.append(network.tokenizer.decode(tokens[length:]))
-    assert network.answer(batch["image"], batch["token"], batch["length"]) == expected
+    assert network.answer(batch["image"], batch["token"], batch["length"], batch["image_row"]) == expected
 
 
 def test_a_question_and_an_answer_longer_than_the_model_s_positions_are_refused():

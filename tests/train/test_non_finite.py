@@ -3,13 +3,14 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from builders import ITC, build_batch, build_task
 
-from sycoca.train.diagnosis.non_finite import NonFiniteHook, write_bad_batch
+from sycoca.train.diagnosis.non_finite import NonFiniteHook, keys_with_bad_pixels, write_bad_batch
 from sycoca.train.hooks import LogHook, Speed
 from sycoca.train.loop import Hook, StepReport, TrainState, train
 from sycoca.train.optim import OptimConfig, build_optimizer
@@ -57,6 +58,14 @@ def test_training_stops_with_the_step_the_losses_and_the_keys(tmp_path: Path):
     written = json.loads(path.read_text(encoding="utf-8"))
     assert path.name == "step_3_rank_0.json" and written["keys_with_bad_pixels"] == ["image_2"]
     assert written["tokens"][1] == build_batch(seed=3)["token"][1, :3].tolist() and written["metrics"]["itc/loss"] is None
+
+
+def test_every_sample_about_a_bad_image_is_named():
+    batch = build_batch(4)
+    batch["image"][1, 0, 0, 0] = torch.nan
+    assert keys_with_bad_pixels(batch) == ["image_1"]
+    shared: Any = {**batch, "image": batch["image"][:2], "image_row": torch.tensor([0, 1, 1, 0])}
+    assert keys_with_bad_pixels(shared) == ["image_1", "image_2"]
 
 
 def test_a_bad_batch_without_images_is_written_down_too(tmp_path: Path):

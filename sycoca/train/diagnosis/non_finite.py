@@ -75,8 +75,10 @@ def keys_with_bad_pixels(batch: Batch) -> list[str]:
     """Of the images with a pixel that is not finite; of none where a batch holds text or embeddings alone."""
     if "image" not in batch:
         return []
-    is_sound = batch["image"].isfinite().flatten(1).all(dim=1).tolist()
-    return [key for key, sound in zip(batch["key"], is_sound, strict=True) if not sound]
+    is_sound = batch["image"].isfinite().flatten(1).all(dim=1)
+    if "image_row" in batch:  # several samples are about one image
+        is_sound = is_sound[batch["image_row"]]
+    return [key for key, sound in zip(batch["key"], is_sound.tolist(), strict=True) if not sound]
 
 
 def describe_ranks(found: list[tuple[list[str], list[str]]]) -> str:
