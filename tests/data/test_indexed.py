@@ -276,6 +276,14 @@ def test_what_is_asked_about_one_image_shares_its_row_and_its_crop(clip: Tokeniz
     assert not torch.equal(images["k0"], again["k0"])  # another epoch, another crop
 
 
+@pytest.mark.parametrize(("world_size", "num_workers"), [(2, 0), (1, 2), (2, 2)])
+def test_images_are_shared_on_every_rank_and_in_every_worker(clip: Tokenizer, world_size: int, num_workers: int):
+    records, config = MadeRecords(64, per_image=4, group_size=4), _config(batch_size=8, num_workers=num_workers)
+    for rank in range(world_size):
+        for batch in _train(records, config, clip, 16 // world_size, rank=rank, world_size=world_size):
+            assert len(batch["image"]) <= 3  # two images' questions, of which a stream's ends may split one
+
+
 def test_no_more_than_the_group_stand_together(clip: Tokenizer):
     batches = _train(MadeRecords(24, per_image=4, group_size=3), _config(batch_size=6), clip, 4)
     runs = [[len(list(run)) for _, run in groupby(int(key[1:]) // 4 for key in batch["key"])] for batch in batches]

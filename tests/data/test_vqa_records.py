@@ -89,6 +89,8 @@ def test_several_sources_find_their_own_images(tmp_path: Path):
     records = VqaRecords(read_vqa([first, second]), AnswerVocabulary(["cat"]))
     assert records.image(0) == encode_image(4)
     assert records.image(3) == b"another"
+    assert records.image_N[0] == records.image_N[2]
+    assert len({int(records.image_N[row]) for row in (0, 1, 3)}) == 3  # row 0 of the second source is another image
     with pytest.raises(DataError, match="question_id 70 occurs twice"):
         read_vqa([first, first])
 
