@@ -16,7 +16,7 @@ import time
 from argparse import Namespace
 
 import torch
-from decoding import MAX_TOKENS, WIDTH, build_config
+from decoding import MAX_TOKENS, build_config
 
 from sycoca.data.tokenizer import build_tokenizer
 from sycoca.finetune.head import build_answer_head
@@ -34,7 +34,7 @@ def main() -> None:
     if args.image_size:
         config.vision.image_size = args.image_size
     model = SyCoCa(config, vocab_size=build_tokenizer("clip").vocab_size, max_tokens=MAX_TOKENS, parts=VQA_PARTS)
-    network = AnswerClassifier(model, build_answer_head(WIDTH, NUM_ANSWERS), [str(n) for n in range(NUM_ANSWERS)])
+    network = AnswerClassifier(model, build_answer_head(model, NUM_ANSWERS), [str(n) for n in range(NUM_ANSWERS)])
     shared = build_questions(args.batch_size, args.questions_per_image, config.vision.image_size)
     own = QuestionBatch(**{**shared, "image": shared["image"][shared["image_row"]], "image_row": torch.arange(args.batch_size)})
     rates: dict[str, list[float]] = {"shared": [], "own": []}

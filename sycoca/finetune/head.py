@@ -29,17 +29,36 @@ HEAD_PREFIX = "head."
 """Keys of the head in a checkpoint's weights, beside those of the model."""
 
 
-def build_answer_head(width: int, num_answers: int) -> nn.Sequential:
-    """Logits of answers, from the state that has read image and question (BEiT-3's head).
+class AnswerHead(nn.Module):
+    """Logits of answers from the state that has read image and question, and from the patches themselves.
+
+    The state meets patches through attention alone, which is slow to learn what a small part of the image shows
+    (docs/finetune_vqa.md). So features of the patches, each by its largest value anywhere, are added to the state, and again
+    times what the question asks for (the element-wise product of Bottom-Up and Top-Down, section 3.3). Above that stands
+    BEiT-3's head.
 
     At first every answer has the probability 1 / N (the prior of Focal Loss, arXiv 1708.02002, section 4.1): from 1 / 2 the
     loss of 3,129 answers would begin at 2,169, and the first hundreds of clipped steps would only lower it.
     """
-    last = nn.Linear(2 * width, num_answers)
-    head = nn.Sequential(nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), last)
-    initialise(head)
-    nn.init.constant_(last.bias, -math.log(max(1, num_answers - 1)))
-    return head
+
+    def __init__(self, width: int, patch_width: int, num_answers: int):
+        super().__init__()
+        self.value = nn.Linear(patch_width, width)
+        self.question = nn.Linear(width, width)
+        last = nn.Linear(2 * width, num_answers)
+        self.classify = nn.Sequential(nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), last)
+        initialise(self)
+        nn.init.constant_(last.bias, -math.log(max(1, num_answers - 1)))
+
+    def forward(self, state_BD: Tensor, patch_NPD: Tensor, image_row_B: Tensor) -> Tensor:
+        """BN: one row a state, which is about the image of its `image_row_B`."""
+        value_BD = self.value(patch_NPD).amax(dim=1)[image_row_B]
+        return self.classify(state_BD + value_BD * (1 + self.question(state_BD)))
+
+
+def build_answer_head(model: SyCoCa, num_answers: int) -> AnswerHead:
+    """The head on top of this model."""
+    return AnswerHead(model.config.text.width, model.vision.width, num_answers)
 
 
 def build_class_head(width: int, num_classes: int) -> nn.Sequential:

@@ -129,7 +129,7 @@ def build_network(
         return AnswerWriter(
             subject.model, subject.tokenizer, settings.answers, max_answer_tokens=settings.max_answer_tokens, is_bf16=is_bf16
         )
-    head = build_answer_head(subject.model.config.text.width, len(settings.answers))
+    head = build_answer_head(subject.model, len(settings.answers))
     return AnswerClassifier(subject.model, head, settings.answers, is_bf16=is_bf16)
 
 
@@ -237,8 +237,8 @@ def whole_answerer_on_this_rank(answerer: VqaAnswerer) -> VqaAnswerer:
         return answerer
     network = build_network(subject, answerer.settings)
     if isinstance(network, AnswerClassifier) and isinstance(answerer.network, AnswerClassifier):
-        width, num_answers = subject.model.config.text.width, len(answerer.settings.answers)
-        network.head = whole_head_on_this_rank(answerer.network.head, lambda: build_answer_head(width, num_answers))
+        num_answers = len(answerer.settings.answers)
+        network.head = whole_head_on_this_rank(answerer.network.head, lambda: build_answer_head(subject.model, num_answers))
     return VqaAnswerer(network.eval().to(subject.device), subject, answerer.settings)
 
 

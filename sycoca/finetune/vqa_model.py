@@ -62,7 +62,7 @@ class AnswerClassifier(nn.Module):
         packing = Packing(length_B, token_BL.shape[1], image_row_B)
         state_BLD = packing.pad(decoder.stack(packing.pack(token_BLD), patch_NPD, packing=packing))
         last_B1D = (length_B - 1)[:, None, None].expand(-1, 1, state_BLD.shape[-1])
-        return self.head(state_BLD.gather(1, last_B1D)[:, 0]).float()
+        return self.head(state_BLD.gather(1, last_B1D)[:, 0], patch_NPD, image_row_B).float()
 
     @torch.no_grad()
     def answer(self, image_NCHW: Tensor, token_BL: Tensor, length_B: Tensor, image_row_B: Tensor) -> list[str]:

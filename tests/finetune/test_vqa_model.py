@@ -14,11 +14,11 @@ from builders import (
     take_rows,
 )
 from builders import MAX_TOKENS as MODEL_TOKENS
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sycoca.data.tokenizer import Tokenizer
-from sycoca.finetune.head import build_answer_head, fine_tuning_scales
+from sycoca.finetune.head import AnswerHead, build_answer_head, fine_tuning_scales
 from sycoca.finetune.vqa_model import (
     VQA_PARTS,
     AnswerClassifier,
@@ -74,13 +74,22 @@ def about_images(batch: QuestionBatch, image_row: list[int]) -> tuple[QuestionBa
 
 def build_classifier() -> AnswerClassifier:
     model = build_model(VQA_PARTS)
-    head = build_answer_head(TEXT_WIDTH, NUM_ANSWERS)
+    head = build_answer_head(model, NUM_ANSWERS)
     shake(head)
     return AnswerClassifier(model, head, ANSWERS)
 
 
 def build_writer() -> AnswerWriter:
     return AnswerWriter(build_model(VQA_PARTS), NumberTokenizer(), ANSWERS, max_answer_tokens=ANSWER_TOKENS)
+
+
+def answer_logits(head: nn.Module, state_D: Tensor, patch_PD: Tensor) -> Tensor:
+    """What the head says of one question, number by number."""
+    assert isinstance(head, AnswerHead)
+    value_PD = head.value(patch_PD)
+    largest_D = [max(value_PD[:, d]) for d in range(value_PD.shape[1])]
+    asked_D = head.question(state_D)
+    return head.classify(torch.stack([state_D[d] + largest_D[d] + largest_D[d] * asked_D[d] for d in range(len(state_D))]))
 
 
 def test_the_classifier_s_loss_and_gradient_are_those_of_a_loop_over_unpadded_questions():
@@ -94,7 +103,7 @@ def test_the_classifier_s_loss_and_gradient_are_those_of_a_loop_over_unpadded_qu
     for row, length in enumerate(batch["length"].tolist()):
         patch_BPD, _ = network.model.vision(batch["image"][row : row + 1])
         token_BLD, _ = text(batch["token"][row : row + 1, :length], torch.tensor([length]))
-        logit_N = network.head(decoder.stack(token_BLD, patch_BPD)[0, -1])
+        logit_N = answer_logits(network.head, decoder.stack(token_BLD, patch_BPD)[0, -1], patch_BPD[0])
         for place in range(NUM_ANSWERS):
             prob, target = logit_N[place].sigmoid(), batch["target"][row, place]
             total = total - target * prob.log() - (1 - target) * (1 - prob).log()
@@ -135,8 +144,9 @@ def test_the_unused_vocabulary_is_frozen_and_everything_else_of_the_classifier_l
 
 
 def test_a_new_head_gives_every_answer_its_even_share():
-    head = build_answer_head(TEXT_WIDTH, 500)
-    prob_BN = head(torch.randn(6, TEXT_WIDTH)).sigmoid()
+    model = build_model(VQA_PARTS)
+    head = build_answer_head(model, 500)
+    prob_BN = head(torch.randn(6, TEXT_WIDTH), torch.randn(2, 3, model.vision.width), torch.arange(6) // 3).sigmoid()
     torch.testing.assert_close(prob_BN.mean(), torch.tensor(1 / 500), rtol=0.1, atol=0)
 
 
