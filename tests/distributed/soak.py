@@ -38,7 +38,7 @@ FAULT_SHARE = 0.2
 NEAREST, FURTHEST = 3, 40
 """Steps from one fault to the next."""
 SCRIPT = "tools/pretrain.py"
-MAX_LAUNCHES, TIMEOUT = 200, 600
+MAX_LAUNCHES, TIMEOUT = 200, 1800
 
 
 @dataclass
