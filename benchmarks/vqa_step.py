@@ -10,13 +10,11 @@ of standard output is JSON.
 
 import argparse
 import json
-import statistics
-import sys
-import time
 from argparse import Namespace
 
 import torch
-from decoding import MAX_TOKENS, build_config
+from decoding import IMAGE_SIZE, MAX_TOKENS, build_config, compare
+from torch import Tensor
 
 from sycoca.data.tokenizer import build_tokenizer
 from sycoca.finetune.head import build_answer_head
@@ -30,29 +28,19 @@ def main() -> None:
     args = _parse()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    config = build_config(args.patch_size)
-    if args.image_size:
-        config.vision.image_size = args.image_size
+    config = build_config(args.patch_size, args.image_size)
     model = SyCoCa(config, vocab_size=build_tokenizer("clip").vocab_size, max_tokens=MAX_TOKENS, parts=VQA_PARTS)
     network = AnswerClassifier(model, build_answer_head(model, NUM_ANSWERS), [str(n) for n in range(NUM_ANSWERS)])
-    shared = build_questions(args.batch_size, args.questions_per_image, config.vision.image_size)
+    shared = build_questions(args.batch_size, args.questions_per_image, args.image_size)
     own = QuestionBatch(**{**shared, "image": shared["image"][shared["image_row"]], "image_row": torch.arange(args.batch_size)})
-    rates: dict[str, list[float]] = {"shared": [], "own": []}
-    for number in range(args.rounds + 1):
-        losses = []
-        for name, batch in (("shared", shared), ("own", own)):
-            start = time.perf_counter()
-            loss, _ = network(batch)
-            loss.backward()
-            losses.append(loss.detach())
-            if number:  # round 0 warms up
-                rates[name].append(args.batch_size / (time.perf_counter() - start))
-        torch.testing.assert_close(*losses)
-    for name, found in rates.items():
-        spread = f"{min(found):.2f} to {max(found):.2f}"
-        print(f"{name:7s} {statistics.median(found):7.2f} questions/s ({spread})", file=sys.stderr)
-    ratio = statistics.median(a / b for a, b in zip(rates["shared"], rates["own"], strict=True))
-    print(json.dumps({"benchmark": "vqa_step", **vars(args), "ratio": round(ratio, 3)}), flush=True)
+
+    def step(batch: QuestionBatch) -> Tensor:
+        loss, _ = network(batch)
+        loss.backward()
+        return loss.detach()
+
+    result = compare(args, {"shared": lambda: step(shared), "own": lambda: step(own)}, "questions")
+    print(json.dumps({"benchmark": "vqa_step", **vars(args), **result}), flush=True)
 
 
 def build_questions(num: int, per_image: int, image_size: int) -> QuestionBatch:
@@ -69,7 +57,7 @@ def _parse() -> Namespace:
     parser.add_argument("--questions-per-image", type=int, default=5, help="default 5; VQA v2 has 5.4")
     parser.add_argument("--batch-size", type=int, default=20, help="questions (default 20)")
     parser.add_argument("--patch-size", type=int, default=16, help="pixels (default 16)")
-    parser.add_argument("--image-size", type=int, help="pixels (default 224)")
+    parser.add_argument("--image-size", type=int, default=IMAGE_SIZE, help=f"pixels (default {IMAGE_SIZE})")
     parser.add_argument("--rounds", type=int, default=5, help="measured runs of each side (default 5)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own choice")
     return parser.parse_args()

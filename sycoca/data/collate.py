@@ -43,13 +43,8 @@ class EvalSample(NamedTuple):
 
 def collate_pairs(samples: Sequence[AnySample], transform: TransformConfig, *, pad: int, num_columns: int) -> dict[str, Any]:
     """`Batch` without its position; captions are padded to `num_columns`."""
-    token_BL, length_B = pad_rows([sample.token for sample in samples], num_columns, pad)
-    return {
-        "image": normalise([sample.pixel_HWC for sample in samples], transform),
-        "token": token_BL,
-        "length": length_B,
-        "key": [sample.key for sample in samples],
-    }
+    image_BCHW = normalise([sample.pixel_HWC for sample in samples], transform)
+    return {"image": image_BCHW, **_collate_tokens(samples, pad, num_columns)}
 
 
 def collate_labelled(
@@ -57,16 +52,18 @@ def collate_labelled(
 ) -> dict[str, Any]:
     """As `collate_pairs`, with `target` (B int64 of classes, or float32 B x answers) and `image_row` (B int64): samples that
     follow each other and hold the same array of pixels share a row of `image`."""
-    token_BL, length_B = pad_rows([sample.token for sample in samples], num_columns, pad)
     is_new_B = [place == 0 or sample.pixel_HWC is not samples[place - 1].pixel_HWC for place, sample in enumerate(samples)]
     return {
         "image": normalise([sample.pixel_HWC for sample in compress(samples, is_new_B)], transform),
         "image_row": torch.tensor(is_new_B).cumsum(0) - 1,
-        "token": token_BL,
-        "length": length_B,
         "target": torch.from_numpy(np.stack([np.asarray(sample.target) for sample in samples])),
-        "key": [sample.key for sample in samples],
+        **_collate_tokens(samples, pad, num_columns),
     }
+
+
+def _collate_tokens(samples: Sequence[AnySample], pad: int, num_columns: int) -> dict[str, Any]:
+    token_BL, length_B = pad_rows([sample.token for sample in samples], num_columns, pad)
+    return {"token": token_BL, "length": length_B, "key": [sample.key for sample in samples]}
 
 
 def collate_images(samples: list[EvalSample], transform: TransformConfig) -> dict[str, Any]:

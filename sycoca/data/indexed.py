@@ -6,7 +6,7 @@ workers take turns at those, so a position is (epoch, offset): resuming reads no
 """
 
 import hashlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from random import Random
 from typing import Any, Protocol
 
@@ -117,7 +117,7 @@ class _TrainStream(TrainStream[IndexedConfig]):
                 "lower data.num_workers, or add data"
             )
         self._records = records
-        self._last = _LastPixels()
+        self._pixels = _Pixels(records, config, draft_size=self._draft_size)
         facts = (len(records), _digest_keys(records), *([records.group_size] if records.group_size > 1 else []))
         self._order = fingerprint((seed, rank, self._num_workers, self._num_streams, *facts))
         self._data = fingerprint((seed, *facts))
@@ -168,13 +168,11 @@ class _TrainStream(TrainStream[IndexedConfig]):
         number = item
         if records.group_size > 1:  # one crop for all that is asked about an image
             number, generator = int(records.image_N[item]), Random(f"{self._seed}/{epoch}/{records.image_name(item)}")
-        pixel_HWC = self._last.get((epoch, number))
+        pixel_HWC = self._pixels.read(
+            item, (epoch, number), drops, lambda image: train_pixels(image, config.transform, generator=generator)
+        )
         if pixel_HWC is None:
-            image = _read_image(records, item, config=config, draft_size=self._draft_size, drops=drops)
-            if image is None:
-                return None
-            pixel_HWC = self._last.keep((epoch, number), train_pixels(image, config.transform, generator=generator))
-        drops.num_kept += 1
+            return None
         token = self._shorten(token, records.image_name(item), drops)
         return LabelledSample(key, pixel_HWC, token, records.target(item))
 
@@ -192,7 +190,7 @@ class _EvalStream(IterableDataset[dict[str, Any]]):
         self._rank = rank
         self._world_size = world_size
         self._batch_size = batch_size
-        self._last = _LastPixels()
+        self._pixels = _Pixels(records, config)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         drops = DropLog(self._config.max_bad_share)
@@ -210,48 +208,41 @@ class _EvalStream(IterableDataset[dict[str, Any]]):
         key = records.key(index)
         token = self._tokenizer.encode(records.text(index, Random(key)), config.max_tokens)
         number = int(records.image_N[index])
-        pixel_HWC = self._last.get(number)
+        pixel_HWC = self._pixels.read(index, number, drops, lambda image: eval_pixels(image, config.transform))
         if pixel_HWC is None:
-            image = _read_image(records, index, config=config, draft_size=0, drops=drops)
-            if image is None:
-                return None
-            pixel_HWC = self._last.keep(number, eval_pixels(image, config.transform))
-        drops.num_kept += 1
+            return None
         return LabelledSample(key, pixel_HWC, token, records.target(index))
 
     def _collate(self, samples: list[LabelledSample]) -> dict[str, Any]:
         return collate_texts(samples, self._config, self._tokenizer, collate_labelled)
 
 
-class _LastPixels:
-    """What was made of the image before: the records about one follow each other, and share the array."""
+class _Pixels:
+    """Reads images, and keeps what was made of the one before: the records about one follow each other, and share the array."""
 
-    def __init__(self) -> None:
+    def __init__(self, records: Records, config: IndexedConfig, *, draft_size: int = 0):
+        self._records, self._config, self._draft_size = records, config, draft_size
         self._name: Hashable = None
         self._pixel_HWC: Pixels | None = None
 
-    def get(self, name: Hashable) -> Pixels | None:
-        """None where another image came before."""
-        return self._pixel_HWC if name == self._name else None
+    def read(self, index: int, name: Hashable, drops: DropLog, make: Callable[[Image.Image], Pixels]) -> Pixels | None:
+        """What `make` gives for the record's image, the same array as long as `name` is; None where the image was dropped.
 
-    def keep(self, name: Hashable, pixel_HWC: Pixels) -> Pixels:
-        """The same pixels."""
-        self._name, self._pixel_HWC = name, pixel_HWC
-        return pixel_HWC
-
-
-def _read_image(
-    records: Records, index: int, *, config: IndexedConfig, draft_size: int, drops: DropLog
-) -> Image.Image | None:
-    """None where the image was dropped; it is counted under its name."""
-    try:
-        image = decode_image(
-            records.image(index), max_pixels=config.max_pixels, max_bytes=config.max_bytes, draft_size=draft_size
-        )
-    except SampleError as error:
-        drops.add(error.reason, records.image_name(index))
-        return None
-    return image
+        The record is counted either way, a dropped one under its image's name.
+        """
+        if name != self._name:
+            config = self._config
+            try:
+                image = decode_image(
+                    self._records.image(index), max_pixels=config.max_pixels, max_bytes=config.max_bytes,
+                    draft_size=self._draft_size,
+                )  # fmt: skip
+            except SampleError as error:
+                drops.add(error.reason, self._records.image_name(index))
+                return None
+            self._name, self._pixel_HWC = name, make(image)
+        drops.num_kept += 1
+        return self._pixel_HWC
 
 
 def _digest_keys(records: Records) -> str:

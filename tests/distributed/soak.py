@@ -36,7 +36,7 @@ KINDS = (SIGKILL, SIGTERM, DISK_FULL)
 FAULT_SHARE = 0.2
 """Of the requests to the server."""
 NEAREST, FURTHEST = 3, 40
-"""Steps from one fault to the next."""
+"""Steps from one fault to the next; the last may so be drawn for one after the run's end."""
 SCRIPT = "tools/pretrain.py"
 MAX_LAUNCHES, TIMEOUT = 200, 1800
 
@@ -50,6 +50,7 @@ class Soak:
     num_faults: int
     random: Random
     launch_file: str
+    furthest: int = FURTHEST
     met: Counter[str] = field(default_factory=Counter)
     num_launches: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
@@ -71,7 +72,7 @@ class Soak:
 
     def disturb(self, launcher: subprocess.Popen[str], name: str) -> str:
         """Wait for a step, do harm, and give what the run said; without harm where it ended before."""
-        at_step = steps_done(self.folder / name) + self.random.randint(NEAREST, FURTHEST)
+        at_step = steps_done(self.folder / name) + self.random.randint(NEAREST, self.furthest)
         kind = self.random.choice(KINDS)
         with tempfile.TemporaryFile("w+") as said:
             drain = subprocess.Popen(["cat"], stdin=launcher.stderr, stdout=said, stderr=said)
@@ -136,11 +137,13 @@ def compare(left_alone: Path, disturbed: Path) -> dict[str, float | int | bool]:
     }  # fmt: skip
 
 
-def soak(folder: Path, *, num_steps: int, num_faults: int, seed: int, launch_file: str) -> dict[str, Any]:
+def soak(
+    folder: Path, *, num_steps: int, num_faults: int, seed: int, launch_file: str, furthest: int = FURTHEST
+) -> dict[str, Any]:
     """Run both and compare them. Raises RuntimeError where a run ends for another reason than the harm done to it."""
     begun = time.monotonic()
     write_scenes(folder / "scenes32", num_train=240, num_val=2, size=32, samples_per_shard=20)
-    plan = Soak(folder, num_steps, num_faults, Random(seed), launch_file)
+    plan = Soak(folder, num_steps, num_faults, Random(seed), launch_file, furthest)
     names = sorted(path.name for path in (folder / "scenes32").glob("train-*.tar"))
     alone = plan.start("alone", ",".join(str(folder / "scenes32" / name) for name in names))
     said = alone.communicate(timeout=TIMEOUT)[1]
