@@ -10,7 +10,7 @@ NUM_PREFIX = 10
 class PrefixMapper(nn.Module):
     """An MLP with one hidden tanh layer, half as wide as its output (ClipCap's MLP, used by CgT-GAN).
 
-    It takes the raw embedding, not normalised, as both do.
+    Both take the raw embedding, not normalised.
     """
 
     def __init__(self, embed_width: int, lm_width: int, *, num_vectors: int = NUM_PREFIX):

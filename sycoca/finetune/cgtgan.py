@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate import Accelerator
 from pydantic import Field
 from safetensors.torch import load_file
@@ -21,6 +22,8 @@ from sycoca.captioners.captioner import write_fit
 from sycoca.captioners.cgtgan import CgTGan, CgTGanConfig, Generator
 from sycoca.captioners.embeddings import EmbeddingStore
 from sycoca.captioners.encoder import FrozenEncoder, load_encoder
+from sycoca.captioners.text_rows import TextRows
+from sycoca.captioners.transform import fit_transform
 from sycoca.config import Config
 from sycoca.distributed import rank, world_size
 from sycoca.finetune.closed_form import PairsConfig
@@ -39,6 +42,8 @@ from sycoca.train.run import Evaluation, Job, TrainConfig, run_job, start_engine
 from sycoca.train.task import precision
 from sycoca.types import ConfigError
 
+LoadBatches = Callable[[Any], Iterable[Any]]
+"""This rank's endless batches from a position, or from the start."""
 INITIALISE = "initialise"
 """In the run's folder: the run from text alone."""
 
@@ -83,15 +88,17 @@ def fit_cgtgan(config: CgTGanFit) -> dict[str, Any]:
     images = open_held_out(config.pairs, config.evaluate, encoder)
     started = time.perf_counter()
     rate = build_semantic(config.reward, encoder, rows)
-    subject = CgTGan(encoder, build_generator(config, encoder), config.captioner)
-    corpus = Corpus(rows, subject.generator.lm, max_tokens=config.policy.max_tokens)
+    subject, corpus = build_captioner(config, encoder, train, rows)
     unpaired = Unpaired(rate, corpus.texts)
     initial = initialise(config, subject, corpus, accelerator, partial(build_evaluation, config, images, unpaired))
     discriminator = build_discriminator(config.discriminator, subject.generator.lm)
     task = AdversarialTask(
         subject.generator, discriminator, rate, reward=config.reward, policy=config.policy, is_bf16=config.run.is_bf16
     )
-    job = build_job(config, task, corpus, train, build_evaluation(config, images, unpaired, subject))
+    load_batches = order_batches(
+        config, train.keys, partial(corpus.collate_beside, train, subject.image_transform), config.batch_size
+    )
+    job = build_job(config, task, load_batches, build_evaluation(config, images, unpaired, subject))
     figures = run_job(config, job, accelerator)
     seconds = time.perf_counter() - started - (images.seconds if images is not None else 0.0)
     folder = Path(config.run.folder)
@@ -111,6 +118,18 @@ def check(config: CgTGanFit, accelerator: Accelerator) -> None:
             raise ConfigError("leave out run.compile and grad_norms_every, optim.num_chunks and layer_decay: not for CgT-GAN")
     if accelerator.state.deepspeed_plugin is not None or accelerator.is_fsdp2:
         raise ConfigError("CgT-GAN trains in two runs of one launch: use one process or DDP, not DeepSpeed or FSDP2")
+
+
+def build_captioner(
+    config: CgTGanFit, encoder: FrozenEncoder, images: EmbeddingStore, rows: TextRows
+) -> tuple[CgTGan, Corpus]:
+    """A new captioner and what it learns from; embeddings of images and of sentences are transformed apart."""
+    kinds = config.captioner.transform
+    image_transform = fit_transform(kinds, lambda: (block.image_NE for block in images.blocks()))
+    text_transform = fit_transform(kinds, lambda: [torch.from_numpy(rows.embedding_SE)])
+    subject = CgTGan(encoder, build_generator(config, encoder), config.captioner, image_transform)
+    corpus = Corpus(rows, subject.generator.lm, max_tokens=config.policy.max_tokens, transform=text_transform)
+    return subject, corpus
 
 
 def build_generator(config: CgTGanFit, encoder: FrozenEncoder) -> Generator:
@@ -145,15 +164,14 @@ def initialise(
 
 
 def build_job(
-    config: CgTGanFit, task: AdversarialTask, corpus: Corpus, images: EmbeddingStore, evaluation: Evaluation | None
+    config: CgTGanFit, task: AdversarialTask, load_batches: LoadBatches, evaluation: Evaluation | None
 ) -> Job:
     """Both players with images and sentences."""
     scales = dict.fromkeys(task.discriminator.parameters(), config.discriminator_lr_scale)
-    load_batches = order_batches(config, images.keys, partial(corpus.collate_beside, images), config.batch_size)
     return Job(task, load_batches, describe=_nothing, evaluation=evaluation, layer_scales=scales)
 
 
-def order_batches(config: CgTGanFit, keys: Sequence[str], collate: Collate, batch_size: int) -> Callable[[Any], Iterable[Any]]:
+def order_batches(config: CgTGanFit, keys: Sequence[str], collate: Collate, batch_size: int) -> LoadBatches:
     """This rank's endless batches, from a position that a checkpoint keeps."""
 
     def load_batches(position: Any) -> Iterable[Any]:

@@ -13,6 +13,7 @@ from sycoca.captioners.embeddings import EmbeddingStore
 from sycoca.captioners.encoder import FrozenEncoder
 from sycoca.captioners.lm import CaptionLM
 from sycoca.captioners.text_rows import TextRows
+from sycoca.captioners.transform import EmbeddingTransform
 from sycoca.config import Config
 from sycoca.types import DataError
 
@@ -47,14 +48,14 @@ class CorpusConfig(Config):
 class Corpus:
     """Sentences by number, spelled as a language model's tokens spell them, so that spelling does not tell who wrote.
 
-    Which image a sentence was written for is not kept.
+    Which image a sentence was written for is not kept. Embeddings come transformed.
     """
 
-    def __init__(self, rows: TextRows, lm: CaptionLM, *, max_tokens: int):
+    def __init__(self, rows: TextRows, lm: CaptionLM, *, max_tokens: int, transform: EmbeddingTransform):
         self._pad_captions = lm.pad_captions
         self.token_ids = [lm.encode_caption(row.text, max_tokens=max_tokens) for row in rows.rows]
         self.texts = [lm.decode_caption(ids) for ids in self.token_ids]
-        self._embedding_SE = rows.embedding_SE
+        self._embedding_SE, self._transform = rows.embedding_SE, transform
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -62,11 +63,16 @@ class Corpus:
     def collate(self, indices: Sequence[int], generators: Sequence[Random]) -> dict[str, Any]:
         """`embedding` (NE, of the sentences themselves), `token` (NT), `length`, `text`, `key`."""
         token_NT, length_N = self._pad_captions([self.token_ids[index] for index in indices])
-        embedding_NE = torch.tensor(self._embedding_SE[list(indices)])
+        embedding_NE = self._transform(torch.tensor(self._embedding_SE[list(indices)]))
         facts = {"text": [self.texts[index] for index in indices], "key": [str(index) for index in indices]}
         return {"embedding": embedding_NE, "token": token_NT, "length": length_N, **facts}
 
-    def collate_beside(self, images: EmbeddingStore, indices: Sequence[int], generators: Sequence[Random]) -> dict[str, Any]:
-        """The same with `embedding` and `key` of images, and a sentence drawn for each without looking at it."""
+    def collate_beside(
+        self, images: EmbeddingStore, transform: EmbeddingTransform, indices: Sequence[int], generators: Sequence[Random]
+    ) -> dict[str, Any]:
+        """The same with `embedding` and `key` of images, their raw embeddings as `image`, and a sentence drawn for each
+        without looking at it."""
         drawn = self.collate([generator.randrange(len(self)) for generator in generators], generators)
-        return {**drawn, "embedding": images.image_rows(indices), "key": [images.keys[index] for index in indices]}
+        image_NE = images.image_rows(indices)
+        own = {"image": image_NE, "embedding": transform(image_NE), "key": [images.keys[index] for index in indices]}
+        return {**drawn, **own}

@@ -69,12 +69,11 @@ class AdversarialTask(nn.Module):
         """The sum of both losses (its mean over ranks is that of the whole batch), and every reward by itself."""
         if self.training:
             self.step += 1
-        image_BE = batch["embedding"]
-        with precision(image_BE.device, is_bf16=self.is_bf16):
-            drawn, log_prob_BJ = self._draw(image_BE)
+        with precision(batch["image"].device, is_bf16=self.is_bf16):
+            drawn, log_prob_BJ = self._draw(batch["embedding"])
             texts = self.generator.lm.decode_texts(drawn)
-            reward_BJ, figures = self._rate(batch["key"], image_BE, texts)
-            baseline_BJ = self._baseline(batch["key"], image_BE, reward_BJ)
+            reward_BJ, figures = self._rate(batch["key"], batch["image"], texts)
+            baseline_BJ = self._baseline(batch, reward_BJ)
             policy_loss = self_critical_loss(log_prob_BJ, reward_BJ - baseline_BJ)
             judged, discriminator_loss = self._discriminate(batch["text"], [text for of_image in texts for text in of_image])
         loss = policy_loss + discriminator_loss
@@ -83,14 +82,14 @@ class AdversarialTask(nn.Module):
         losses = {"policy_loss": policy_loss.detach(), "discriminator_loss": discriminator_loss.detach()}
         return loss, {"loss": loss.detach(), **losses, **figures}
 
-    def _draw(self, image_BE: Tensor) -> tuple[Generated, Tensor]:
+    def _draw(self, embedding_BE: Tensor) -> tuple[Generated, Tensor]:
         """J captions of each image and BJ, with gradient: the mean log-probability of their tokens, the end counted."""
         num, max_tokens = self.policy.num_samples, self.policy.max_tokens
         config = GenerationConfig(method="top_p", top_p=1.0, num_return=num, max_tokens=max_tokens)
         with evaluating(self.generator):
-            drawn = self.generator.write(image_BE, config)
-            length_N = drawn.length_NJ.flatten()
-            log_prob_NT = self.generator.log_probs(image_BE.repeat_interleave(num, 0), drawn.token_NJT.flatten(0, 1), length_N)
+            drawn = self.generator.write(embedding_BE, config)
+            length_N, embedding_NE = drawn.length_NJ.flatten(), embedding_BE.repeat_interleave(num, 0)
+            log_prob_NT = self.generator.log_probs(embedding_NE, drawn.token_NJT.flatten(0, 1), length_N)
         return drawn, (log_prob_NT.sum(1) / length_N).view(-1, num)
 
     @torch.no_grad()
@@ -104,12 +103,12 @@ class AdversarialTask(nn.Module):
         terms = {"semantic": semantic_BJ.mean(), "natural": natural_BJ.mean(), "rho": semantic_BJ.new_tensor(rho)}
         return reward_BJ, terms
 
-    def _baseline(self, keys: Sequence[str], image_BE: Tensor, reward_BJ: Tensor) -> Tensor:
+    def _baseline(self, batch: dict[str, Any], reward_BJ: Tensor) -> Tensor:
         if self.policy.baseline == "mean":
             return mean_of_others(reward_BJ)
         with evaluating(self.generator):
-            greedy = self.generator.write(image_BE, GenerationConfig(max_tokens=self.policy.max_tokens))
-        return self._rate(keys, image_BE, self.generator.lm.decode_texts(greedy))[0].expand_as(reward_BJ)
+            greedy = self.generator.write(batch["embedding"], GenerationConfig(max_tokens=self.policy.max_tokens))
+        return self._rate(batch["key"], batch["image"], self.generator.lm.decode_texts(greedy))[0].expand_as(reward_BJ)
 
     def _discriminate(self, real: list[str], written: list[str]) -> tuple[Metrics, Tensor]:
         """Half of the loss is of people's sentences, however many captions there are."""

@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sycoca.captioners.cgtgan import Generator
+from sycoca.captioners.cgtgan import CgTGan, CgTGanConfig, Generator
 from sycoca.captioners.datastore import build_datastore
 from sycoca.captioners.datastore_files import rows_of_texts
 from sycoca.captioners.linear_aligner import LinearAligner
+from sycoca.captioners.lm_loading import LMConfig
 from sycoca.captioners.score import AggregateScorer, AlignedAggregateScorer, CosineScorer
 from sycoca.captioners.text_rows import Row
-from sycoca.captioners.transform import EmbeddingTransform, Step
+from sycoca.captioners.transform import EmbeddingTransform, Step, fit_transform
 from sycoca.config import parse_config
+from sycoca.finetune.corpus import Corpus, CorpusConfig
 from sycoca.finetune.corpus_fluency import Unpaired
 from sycoca.finetune.discriminator import DiscriminatorConfig, build_discriminator
 from sycoca.finetune.text_gan import AdversarialTask, PolicyConfig, ReconstructionTask
@@ -44,7 +46,8 @@ def build_task(*, std: float = 0.1, rate: Any = rate_letters, reward: dict | Non
 
 def build_batch(num: int = 1) -> dict[str, Any]:
     embedding_BE = torch.randn(num, EMBED_WIDTH, generator=torch.Generator().manual_seed(3))
-    return {"embedding": embedding_BE, "key": [f"k{n}" for n in range(num)], "text": ["a red dog", "the thing is blue"][:num]}
+    keys, texts = [f"k{n}" for n in range(num)], ["a red dog", "the thing is blue"][:num]
+    return {"image": embedding_BE, "embedding": embedding_BE, "key": keys, "text": texts}
 
 
 def flat_gradient(module: nn.Module) -> Tensor:
@@ -197,6 +200,32 @@ def test_text_alone_is_reconstructed_from_its_own_embedding():
         optimizer.zero_grad()
     written = generator.write(batch["embedding"], GenerationConfig(max_tokens=6))
     assert [row[0] for row in generator.lm.decode_texts(written)] == texts
+
+
+@pytest.mark.slow
+def test_what_sentences_taught_holds_for_images_that_lie_elsewhere_where_both_are_transformed(tmp_path: Path):
+    """No image is read in training, and the encoder has its images far from its texts."""
+    store, encoder = palette.embed_images(tmp_path), build_palette()
+    contents = CorpusConfig().read(encoder, store)
+    moved_NE = 0.2 * store.image_rows(range(len(store))) - 3
+    num_right = {}
+    for kinds in ((), ("zscore",)):
+        torch.manual_seed(0)
+        generator = Generator(build_lm(), EMBED_WIDTH, num_prefix=2)
+        of_texts = fit_transform(kinds, lambda: [torch.from_numpy(contents.embedding_SE)])
+        of_images = fit_transform(kinds, lambda: [moved_NE])
+        corpus = Corpus(contents, generator.lm, max_tokens=8, transform=of_texts)
+        batch, task = corpus.collate(range(len(corpus)), []), ReconstructionTask(generator, is_bf16=False)
+        optimizer = torch.optim.AdamW(task.parameters(), lr=1e-2)
+        for _ in range(60):
+            optimizer.zero_grad()
+            task(batch)[0].backward()
+            optimizer.step()
+        captioner = CgTGan(encoder, generator, CgTGanConfig(lm=LMConfig(name="-"), transform=list(kinds)), of_images)
+        captions = [written.caption.split() for written in captioner.write(moved_NE)]
+        colours = [palette.colour_of(int(key[1:])) for key in store.keys]
+        num_right[kinds] = sum(colour in words for colour, words in zip(colours, captions, strict=True))
+    assert num_right["zscore",] == len(store) and num_right[()] <= len(store) / 2
 
 
 def test_word_pairs_that_nobody_writes_cost_an_unpaired_checkpoint():

@@ -16,6 +16,7 @@ import sycoca
 from sycoca.captioners.captioner import read_fit
 from sycoca.captioners.encoder import hash_weights, load_encoder
 from sycoca.captioners.lm_loading import load_lm
+from sycoca.captioners.transform import fit_transform
 from sycoca.config import dump_config, load_config, parse_config
 from sycoca.finetune.captioner_fits import FITS
 from sycoca.finetune.cgtgan import CgTGanFit, fit_cgtgan
@@ -63,7 +64,8 @@ def smallcap(parts: Path, scenes: Path, folder: Path) -> SmallCapFit:  # noqa: F
 def cgtgan(parts: Path, scenes: Path, folder: Path, **changes: Any) -> CgTGanFit:  # noqa: F811
     tree = {
         **shared(parts, scenes, folder),
-        "captioner": {"type": "cgtgan", "lm": {"name": str(parts / "lm")}, "num_prefix": 2, "generation": {"max_tokens": 6}},
+        "captioner": {"type": "cgtgan", "lm": {"name": str(parts / "lm")}, "num_prefix": 2, "generation": {"max_tokens": 6},
+                      "transform": ["l2", "zscore"]},
         "initialise": {"optim": {"lr": 0.01, "num_steps": 2, "warmup_steps": 0}, "batch_size": 4},
         "discriminator": {"small": {"width": 8, "num_layers": 1, "num_heads": 2}, "hidden": 6},
         "reward": {"num_natural_steps": 1, "full_step": 3},
@@ -175,14 +177,22 @@ def test_two_processes_train_both_players_and_each_reads_its_own_images(parts: P
 def test_sentences_are_drawn_without_regard_to_the_image(tmp_path: Path):
     """As many of its own as chance gives; with one order for both, all of them would be."""
     store = palette.embed_images(tmp_path)
-    corpus = Corpus(CorpusConfig().read(palette.build_palette(), store), palette.build_lm(), max_tokens=12)
+    contents = CorpusConfig().read(palette.build_palette(), store)
+    transform = fit_transform(["zscore"], lambda: [torch.from_numpy(contents.embedding_SE)])
+    corpus = Corpus(contents, palette.build_lm(), max_tokens=12, transform=transform)
     assert len(corpus) == 2 * len(store)
     own = 0
     for epoch in range(100):
         generators = [Random(f"0/{epoch}/{key}") for key in store.keys]
-        batch = corpus.collate_beside(store, range(len(store)), generators)
+        batch = corpus.collate_beside(store, transform, range(len(store)), generators)
         own += sum(text in palette.captions_of(int(key[1:])) for text, key in zip(batch["text"], batch["key"]))
     assert 60 < own < 140, "of 1,200 draws, one in twelve"
+    image_NE = store.image_rows(range(len(store)))
+    assert torch.equal(batch["image"], image_NE), "what rewards read"
+    assert torch.equal(batch["embedding"], transform(image_NE))
+    of_text_SE = corpus.collate(range(len(corpus)), [])["embedding"]
+    torch.testing.assert_close(of_text_SE.mean(0), torch.zeros(3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(of_text_SE.std(0, correction=0), torch.ones(3))
 
 
 def test_a_corpus_may_be_a_file_of_sentences(tmp_path: Path):
