@@ -4,9 +4,10 @@
 
 A small SyCoCa (ViT of width 128 and 4 layers at 64 pixels, as the quickstart's) on one random batch, float32, one process.
 Sides alternate in one run, through the real loop and hooks: `bare` without any, `log` with a log line every step (JSONL,
-TensorBoard is off), `watchdog` with its thread, `checkpoint` with one checkpoint at the end of the steps, `norms` with the
-gradient norms of every objective at every tenth step. The share is the median over rounds of side / bare - 1. The table goes
-to standard error; the last line of standard output is JSON.
+TensorBoard is off), `watchdog` with its thread, `checkpoint` with one checkpoint in the steps, written in the background
+(copied before the first, counted after the last, which waits for it), `norms` with the gradient norms of every objective at
+every tenth step. The share is the median over rounds of side / bare - 1. The table goes to standard error; the
+last line of standard output is JSON.
 """
 
 import argparse
@@ -31,7 +32,8 @@ from sycoca.models.sycoca import ModelConfig, SyCoCa
 from sycoca.objectives.captioning import CaptioningConfig
 from sycoca.objectives.contrastive import ContrastiveConfig
 from sycoca.objectives.masked_image import MaskedImageConfig
-from sycoca.train.checkpoint.loading import Trainee, save_checkpoint
+from sycoca.train.checkpoint.loading import Trainee
+from sycoca.train.checkpoint.saving import Saver
 from sycoca.train.diagnosis.flops import find_counter
 from sycoca.train.diagnosis.grad_norms import GradNormHook
 from sycoca.train.diagnosis.watchdog import Watchdog
@@ -122,9 +124,10 @@ def build_sides(args: Namespace, trainee: Trainee, folder: Path) -> dict[str, Ca
         run(batch, [], state, Watchdog(state.clock, folder, rank=0, world_size=1, stall_seconds=600, abort_seconds=0))
 
     def checkpoint(batch: Batch) -> None:
-        state = TrainState()
-        run(batch, [], state, nullcontext())
-        save_checkpoint(folder / "checkpoints", trainee, state, describe=lambda path: None, metrics={})
+        saver = Saver(Path(tempfile.mkdtemp(dir=folder)), trainee, lambda path: None, is_background=True)
+        saver.begin(TrainState(), metrics={})
+        run(batch, [], TrainState(), nullcontext())
+        saver.finish()
 
     def norms(batch: Batch) -> None:
         run(batch, [GradNormHook(NORMS_EVERY, task, [tracker])], TrainState(), nullcontext())

@@ -154,8 +154,9 @@ def test_every_package_folder_is_a_package():
 
 
 @pytest.mark.slow
-def test_every_tool_answers_help():
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def test_every_tool_and_benchmark_answers_help():
+    scripts = [*TOOLS, *sorted((ROOT / "benchmarks").glob("*.py"))]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": "1"}
     script = (
         "import runpy, sys\n"
         "for tool in sys.argv[1:]:\n"
@@ -165,10 +166,10 @@ def test_every_tool_answers_help():
         "    except SystemExit as ended:\n"
         "        assert not ended.code, (tool, ended.code)\n"
     )
-    command = [sys.executable, "-c", script, *map(str, TOOLS)]
+    command = [sys.executable, "-c", script, *map(str, scripts)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: ") == len(TOOLS)
+    assert done.stdout.count("usage: ") == len(scripts) > len(TOOLS)
     for tool in TOOLS:
         assert f"usage: {tool.name}" in done.stdout
 
