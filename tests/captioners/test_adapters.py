@@ -52,7 +52,8 @@ def test_unreduced_adapters_are_transformers_own_cross_attention():
     own = build_causal("gpt2", add_cross_attention=True)
     shake(own, std=0.3)
     plain = build_causal("gpt2")
-    plain.load_state_dict(own.state_dict(), strict=False)
+    lacking, left_over = plain.load_state_dict(own.state_dict(), strict=False)
+    assert not lacking and all("cross" in name for name in left_over)
     adapters = CrossAttentionAdapters(plain, memory_width=12, reduction=1).eval()
     for mine, block in zip(adapters.layers, own.transformer.h):
         assert isinstance(mine, CrossAttention)

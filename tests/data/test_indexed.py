@@ -176,7 +176,7 @@ def test_a_stream_resumed_twice_is_still_the_same(clip: Tokenizer):
     state = None
     for start in (0, 5, 10):
         tracker = PositionTracker(state)
-        for batch, expected in zip(_train(MadeRecords(), config, clip, 2, resume=state), whole[start : start + 2]):
+        for batch, expected in zip(_train(MadeRecords(), config, clip, 2, resume=state), whole[start : start + 2], strict=True):
             _assert_equal(batch, expected)
         for batch in whole[start : start + 5]:
             tracker.update(batch["position"])

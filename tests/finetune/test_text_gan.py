@@ -47,7 +47,7 @@ def build_task(*, std: float = 0.1, rate: Any = rate_letters, reward: dict | Non
 def build_batch(num: int = 1) -> dict[str, Any]:
     embedding_BE = torch.randn(num, EMBED_WIDTH, generator=torch.Generator().manual_seed(3))
     keys, texts = [f"k{n}" for n in range(num)], ["a red dog", "the thing is blue"][:num]
-    return {"image": embedding_BE, "embedding": embedding_BE, "key": keys, "text": texts}
+    return {"image": 3 * embedding_BE + 1, "embedding": embedding_BE, "key": keys, "text": texts}
 
 
 def flat_gradient(module: nn.Module) -> Tensor:
@@ -103,6 +103,18 @@ def test_a_caption_is_rated_against_the_greedy_one_or_the_mean_of_the_others(bas
     expected = -((reward_BJ - base_BJ) * log_prob_BJ).mean()
     assert figures["policy_loss"].item() == pytest.approx(expected.item(), abs=1e-5) and abs(expected) > 1e-3
     assert reward_BJ.std() > 0.1
+
+
+@pytest.mark.parametrize("baseline", ["greedy", "mean"])
+def test_rewards_read_raw_images_and_the_generator_transformed_ones(baseline: Literal["greedy", "mean"]):
+    rated: list[Tensor] = []
+    written: list[Tensor] = []
+    task = build_task(rate=lambda *args: (rated.append(args[1]), rate_letters(*args))[1], baseline=baseline, num_samples=2)
+    task.generator.prefix.register_forward_pre_hook(lambda module, args: written.append(args[0]))
+    batch = build_batch(2)
+    task(batch)
+    assert len(rated) == (2 if baseline == "greedy" else 1) and all(torch.equal(image, batch["image"]) for image in rated)
+    assert len(written) >= 2 and all(torch.equal(row_NE.unique(dim=0), batch["embedding"].unique(dim=0)) for row_NE in written)
 
 
 def test_no_player_learns_from_the_other_s_loss():
