@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import sycoca
 from sycoca.captioners.captioner import read_fit
+from sycoca.captioners.embeddings import EmbeddingStore
 from sycoca.captioners.encoder import hash_weights, load_encoder
 from sycoca.captioners.lm_loading import load_lm
 from sycoca.captioners.transform import fit_transform
@@ -131,6 +132,9 @@ def test_cgtgan_logs_every_reward_reports_both_choices_and_goes_on_where_it_stop
     captioner = sycoca.load_captioner(tmp_path / "run")
     [written] = captioner.explain([Image.new("RGB", (40, 30), (200, 10, 10))])
     assert written.caption == written.candidates[0] and written.retrieved == []
+    store = EmbeddingStore(parts / "store", "train")
+    fitted = fit_transform(["l2", "zscore"], lambda: (block.image_NE for block in store.blocks()))
+    assert captioner.light.image_transform.fingerprint == fitted.fingerprint  # pyright: ignore
     before = load_lm(parts / "lm").model.state_dict()
     after = captioner.light.generator.lm.model.state_dict()  # pyright: ignore
     names = ("transformer.wte.weight", "transformer.h.0.attn.c_attn.weight")
