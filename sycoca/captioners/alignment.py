@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from sycoca.captioners.transform import EmbeddingTransform, Kind, fit_transform
 from sycoca.config import Config
 from sycoca.types import DataError
 
+Space = Literal["raw", "centred", "aligned", "shuffled"]
+"""Where images are compared with texts: l2 only, centred too, by a map, or by a map of shuffled pairs, which must fail."""
+
 
 class AlignmentConfig(Config):
     """How images are mapped to texts; the defaults are ReCap's."""
@@ -26,6 +30,17 @@ class AlignmentConfig(Config):
     text_transform: list[Kind] = ["l2", "centre"]
     seed: int = 0
     """Of the shuffled pairs."""
+
+
+def fit_space(train: Pairs, space: Space, config: AlignmentConfig) -> LinearAligner:
+    """The aligner of the space that is named; `config` is of the two that have a map. Raises DataError without captions."""
+    match space:
+        case "raw":
+            return join_unmapped(train, ["l2"])
+        case "centred":
+            return join_unmapped(train, ["l2", "centre"])
+        case "aligned" | "shuffled":
+            return fit_image_to_text(train, config, is_shuffled=space == "shuffled")
 
 
 def fit_image_to_text(train: Pairs, config: AlignmentConfig, *, is_shuffled: bool = False) -> LinearAligner:
@@ -71,19 +86,15 @@ def compare_spaces(
 ) -> tuple[LinearAligner, dict[str, tuple[Tensor, Tensor]]]:
     """The aligner, and unit rows of held-out images and texts by name.
 
-    `raw`, `centred` (after l2, less the training means), `aligned`, `shuffled` (by a map fitted on shuffled training pairs).
+    One pair for each `Space`.
     """
-    aligner, shuffled = (fit_image_to_text(train, config, is_shuffled=flag) for flag in (False, True))
-    centre_image = fit_transform(["l2", "centre"], lambda: (block.image_NE for block in train.blocks()))
-    centre_text = fit_transform(["l2", "centre"], lambda: (block.text_NE for block in train.blocks()))
-    image_NE, text_NE = held_out_image_NE, held_out_text_NE
-    spaces = {
-        "raw": (image_NE, text_NE),
-        "centred": (centre_image(image_NE), centre_text(text_NE)),
-        "aligned": (aligner.apply(image_NE), aligner.embed_target(text_NE)),
-        "shuffled": (shuffled.apply(image_NE), shuffled.embed_target(text_NE)),
-    }
-    return aligner, {name: (F.normalize(left, dim=-1), F.normalize(right, dim=-1)) for name, (left, right) in spaces.items()}
+    names: tuple[Space, ...] = ("raw", "centred", "aligned", "shuffled")
+    aligners = {name: fit_space(train, name, config) for name in names}
+    spaces: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, aligner in aligners.items():
+        image_NE, text_NE = aligner.apply(held_out_image_NE), aligner.embed_target(held_out_text_NE)
+        spaces[name] = (F.normalize(image_NE, dim=-1), F.normalize(text_NE, dim=-1))
+    return aligners["aligned"], spaces
 
 
 def held_out_pairs(store: EmbeddingStore) -> tuple[Tensor, Tensor, Tensor]:

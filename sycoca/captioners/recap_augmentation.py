@@ -15,11 +15,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sycoca.captioners.datastore import build_datastore
 from sycoca.captioners.datastore_files import rows_of_store
 from sycoca.captioners.embeddings import EmbeddedBlock, Pairs
 from sycoca.captioners.linear_aligner import LinearAligner
-from sycoca.captioners.recap import ReCap, fit_space
+from sycoca.captioners.recap import ReCap, fit_its_space
+from sycoca.captioners.retriever import build_retriever
 from sycoca.captioners.text_rows import Row, TextRows
 from sycoca.config import Config
 from sycoca.log import JsonlTracker, logger
@@ -119,7 +119,7 @@ def augment(recap: ReCap, train: Pairs, config: AugmentationConfig, *, judge: Ju
     tracker = JsonlTracker(log)
     added: list[Added] = []
     best, best_score = recap, judge(recap)
-    tracker.write(0, {"validation": best_score, "num_rows": len(recap.datastore)})
+    tracker.write(0, {"validation": best_score, "num_rows": len(recap.retriever.datastore)})
     for number in range(1, config.max_rounds + 1):
         written, figures = write_round(recap, train, config, known=added)
         if config.captions == "random":
@@ -127,7 +127,7 @@ def augment(recap: ReCap, train: Pairs, config: AugmentationConfig, *, judge: Ju
         added += written
         recap = refit(recap, AugmentedPairs(train, added))
         score = judge(recap)
-        figures |= {"num_added": len(written), "num_rows": len(recap.datastore), "validation": score}
+        figures |= {"num_added": len(written), "num_rows": len(recap.retriever.datastore), "validation": score}
         tracker.write(number, figures)
         logger.info("round %d: %s", number, ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
         if not written or score <= best_score:
@@ -141,7 +141,7 @@ def write_round(
     recap: ReCap, train: Pairs, config: AugmentationConfig, *, known: Sequence[Added]
 ) -> tuple[list[Added], dict[str, float]]:
     """Captions of training images that reach the mean of the human ones and are new to their image, and the round's figures."""
-    threshold = mean_human_score(recap.aligner, train, config)
+    threshold = mean_human_score(recap.retriever.aligner, train, config)
     seen = {(image, text.lower()) for image, text in own_captions(train)} | {(item.image, item.text.lower()) for item in known}
     rows = range(0, len(train), max(1, len(train) // (config.num_images or len(train))))[: config.num_images]
     kept: list[Added] = []
@@ -164,7 +164,7 @@ def write_captions(recap: ReCap, train: Pairs, rows: Sequence[int], config: Augm
     owners = [place for place, of_image in enumerate(written) for _ in of_image.candidates]
     texts = [text for of_image in written for text in of_image.candidates]
     text_NE = recap.encoder.encode_text(texts).cpu()
-    score_N = rate(config.metric, recap.aligner, image_NE[owners], text_NE)
+    score_N = rate(config.metric, recap.retriever.aligner, image_NE[owners], text_NE)
     items = zip(owners, texts, score_N.tolist(), text_NE, strict=True)
     return [Added(rows[owner], text, score, text_E) for owner, text, score, text_E in items]
 
@@ -212,11 +212,10 @@ def own_captions(train: Pairs) -> Iterator[tuple[int, str]]:
 
 def refit(recap: ReCap, pairs: AugmentedPairs) -> ReCap:
     """The same captioner with map and datastore of these pairs; synthetic rows say so, and keep their score."""
-    aligner, config = fit_space(pairs, recap.config), recap.config
+    config = recap.config
     human = rows_of_store(pairs.human)
     rows = [Row(item.text, image_of(pairs.keys[item.image]), pairs.split, "synthetic", item.score) for item in pairs.added]
     added_SE = [item.text_E.numpy()[None] for item in pairs.added]
     contents = TextRows([*human.rows, *rows], np.concatenate([human.embedding_SE, *added_SE]), human.fingerprint)
-    transform = aligner.target_transform.then_l2()
-    datastore = build_datastore(contents, transform, index=config.index, num_probes=config.num_probes)
-    return type(recap)(recap.encoder, recap.lm, aligner, datastore, config)
+    retriever = build_retriever(recap.encoder, contents, fit_its_space(pairs, config), config, num=config.num_found)
+    return type(recap)(recap.lm, retriever, config)

@@ -9,36 +9,33 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor
 from typing_extensions import Self
 
 from sycoca.captioners.adapters import CrossAttentionAdapters
-from sycoca.captioners.alignment import AlignmentConfig, fit_image_to_text, join_unmapped
+from sycoca.captioners.alignment import fit_space
 from sycoca.captioners.candidates import Candidates, choose
 from sycoca.captioners.captioner import Written, load_its_encoder, read_captioner, save_captioner
-from sycoca.captioners.datastore import Datastore, build_datastore
-from sycoca.captioners.datastore_files import load_datastore, rows_of_store, save_datastore
+from sycoca.captioners.datastore_files import rows_of_store
 from sycoca.captioners.embeddings import EmbeddingStore
 from sycoca.captioners.encoder import FrozenEncoder, hash_weights
-from sycoca.captioners.linear_aligner import LinearAligner, load_aligner
 from sycoca.captioners.lm import CaptionLM, Condition
 from sycoca.captioners.lm_loading import LMConfig
 from sycoca.captioners.prompt import PromptConfig, encode_prompt, pad_prompts
-from sycoca.captioners.row_index import EXACT, NUM_PROBES
+from sycoca.captioners.retriever import CaptionRetriever, RetrievalConfig, build_retriever
 from sycoca.captioners.storage import load_tensors, save_tensors
 from sycoca.captioners.text_rows import TextRows
-from sycoca.config import Config, parse_config
+from sycoca.config import parse_config
 from sycoca.generation import GenerationConfig
 from sycoca.pretrained import load_weights
-from sycoca.types import DataError, image_of
+from sycoca.types import DataError
 
-_ADAPTERS, _ALIGNER, _DATASTORE = "adapters.safetensors", "aligner.safetensors", "datastore"
+_ADAPTERS = "adapters.safetensors"
 _KIND = "cross-attention adapters"
 
 
-class SmallCapConfig(Config):
+class SmallCapConfig(RetrievalConfig):
     """What is built and how it writes; the defaults are the paper's."""
 
     type: Literal["smallcap"] = "smallcap"
@@ -47,13 +44,8 @@ class SmallCapConfig(Config):
     """The adapters' width is the language model's divided by this; 4 trains 7 M parameters of GPT-2 base."""
     space: Literal["raw", "centred", "aligned"] = "raw"
     """Where similar captions are sought: l2 (the paper), also centred, or through ReCap's map."""
-    alignment: AlignmentConfig = AlignmentConfig()
-    """Of `aligned`."""
     prompt: PromptConfig = PromptConfig(template="smallcap", num_items=4)
     generation: GenerationConfig = GenerationConfig(method="beam", num_beams=3, num_return=3, max_tokens=25)
-    index: str = EXACT
-    """Of FAISS."""
-    num_probes: int = Field(default=NUM_PROBES, ge=1)
 
     @field_validator("prompt")
     @classmethod
@@ -68,18 +60,9 @@ class SmallCap:
 
     kind: ClassVar[str] = "smallcap"
 
-    def __init__(
-        self, encoder: FrozenEncoder, lm: CaptionLM, aligner: LinearAligner, datastore: Datastore, config: SmallCapConfig
-    ):
-        aligner.check_spaces(source=encoder.fingerprint, target=encoder.fingerprint)
-        datastore.check_aligner(aligner)
-        if config.prompt.num_items > len(datastore):
-            raise DataError(
-                f"captioner.prompt.num_items: {config.prompt.num_items} of a datastore of {len(datastore)}; ask for fewer, "
-                "or add rows"
-            )
-        self.encoder, self.lm, self.aligner, self.datastore, self.config = encoder, lm, aligner, datastore, config
-        self.adapters: CrossAttentionAdapters = lm.add_adapters(encoder.patch_width, reduction=config.reduction)
+    def __init__(self, lm: CaptionLM, retriever: CaptionRetriever, config: SmallCapConfig):
+        self.encoder, self.lm, self.retriever, self.config = retriever.encoder, lm, retriever, config
+        self.adapters: CrossAttentionAdapters = lm.add_adapters(self.encoder.patch_width, reduction=config.reduction)
 
     def explain(self, image_BCHW: Tensor, keys: Sequence[str]) -> list[Written]:
         """A caption an image, with the captions that stood in its prompt, and all beams with their scores."""
@@ -92,33 +75,22 @@ class SmallCap:
     @torch.no_grad()
     def write(self, image_BE: Tensor, memory_BMF: Tensor, keys: Sequence[str]) -> list[Written]:
         """The same from raw image embeddings and patch states."""
-        num = self.config.prompt.num_items
-        found = self.search(image_BE, keys, num)
-        items = self.datastore.texts(found) if num else [[] for _ in keys]
+        items = self.retriever.datastore.texts(self.retriever.search(image_BE, keys))
         prompt = pad_prompts([encode_prompt(texts, self.config.prompt, self.lm.encode_prompt) for texts in items], self.lm.pad)
         written = self.lm.generate(prompt, self.config.generation, Condition(memory_NMF=memory_BMF))
         candidates = Candidates(self.lm.decode_texts(written), written.score_NJ.float().cpu())
         return choose(candidates, items, image_BE, None)
 
-    def search(self, image_BE: Tensor, keys: Sequence[str], num: int, *, excludes_own: bool = True) -> Tensor:
-        """BK: the datastore's rows nearest to each image, best first; none of the image itself. Raises DataError."""
-        if num == 0:
-            return torch.zeros((len(keys), 0), dtype=torch.int64)
-        query_NE = F.normalize(self.aligner.apply(image_BE), dim=-1)
-        excluded = [[image_of(key)] if key and excludes_own else [] for key in keys]
-        return self.datastore.search(query_NE, num, exclude_sources=excluded).row_NK
-
     def swap(self, contents: TextRows) -> None:
         """Put other captions of the same encoder in place of all: another domain, and no weight changes. Raises DataError."""
-        self.datastore.swap(contents)
+        self.retriever.datastore.swap(contents)
 
     def save(self, folder: Path) -> None:
         """Write facts, adapters, aligner and datastore; encoder and language model stay where they are."""
         facts = {"config": self.config.model_dump(mode="json"), "lm_fingerprint": hash_weights(self.lm.model, self.lm.ends)}
         save_captioner(self, folder, facts)
         save_tensors(folder / _ADAPTERS, self.adapters.state_dict(), {"kind": _KIND})
-        self.aligner.save(folder / _ALIGNER)
-        save_datastore(self.datastore, folder / _DATASTORE)
+        self.retriever.save(folder)
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str) -> Self:
@@ -132,20 +104,13 @@ class SmallCap:
                 f"{folder}: trained on {config.lm.name} as it was then ({facts['lm_fingerprint']}), and there is another now "
                 f"({found}): language model and adapters do not belong together. Fit the captioner again"
             )
-        captioner = cls(encoder, lm, load_aligner(folder / _ALIGNER), load_datastore(folder / _DATASTORE), config)
+        captioner = cls(lm, CaptionRetriever.load(folder, encoder, num=config.prompt.num_items), config)
         load_weights(captioner.adapters, load_tensors(folder / _ADAPTERS, kind=_KIND)[0], source=str(folder))
         return captioner
 
 
 def build_smallcap(encoder: FrozenEncoder, lm: CaptionLM, train: EmbeddingStore, config: SmallCapConfig) -> SmallCap:
     """A captioner over the training captions whose adapters are new. Raises DataError, ConfigError."""
-    match config.space:
-        case "raw":
-            aligner = join_unmapped(train, ["l2"])
-        case "centred":
-            aligner = join_unmapped(train, ["l2", "centre"])
-        case "aligned":
-            aligner = fit_image_to_text(train, config.alignment)
-    transform = aligner.target_transform.then_l2()
-    datastore = build_datastore(rows_of_store(train), transform, index=config.index, num_probes=config.num_probes)
-    return SmallCap(encoder, lm, aligner, datastore, config)
+    aligner = fit_space(train, config.space, config.alignment)
+    retriever = build_retriever(encoder, rows_of_store(train), aligner, config, num=config.prompt.num_items)
+    return SmallCap(lm, retriever, config)

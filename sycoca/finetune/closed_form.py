@@ -14,7 +14,7 @@ from sycoca.captioners.alignment import fit_image_to_text
 from sycoca.captioners.captioner import LightCaptioner, write_fit
 from sycoca.captioners.embeddings import EmbeddingStore, Reading, embed_shards
 from sycoca.captioners.encoder import FrozenEncoder, load_encoder
-from sycoca.captioners.recap import ReCap, ReCapConfig, build_recap, fit_space
+from sycoca.captioners.recap import ReCap, ReCapConfig, build_recap, fit_its_space
 from sycoca.captioners.recap_augmentation import AugmentationConfig, augment
 from sycoca.captioners.sitta import Sitta, SittaConfig
 from sycoca.captioners.sitta_maps import build_vocabulary, fit_token_map
@@ -117,7 +117,7 @@ def fit_recap(config: ReCapFit) -> dict[str, Any]:
     encoder = load_encoder(config.encoder, device)
     train, lm = config.pairs.open(encoder), config.captioner.lm.load(device)
     started = time.perf_counter()
-    aligner = fit_space(train, config.captioner)
+    aligner = fit_its_space(train, config.captioner)
     map_seconds = time.perf_counter() - started
     recap = build_recap(encoder, lm, train, aligner, config.captioner)
     if config.augmentation is not None:
@@ -126,7 +126,8 @@ def fit_recap(config: ReCapFit) -> dict[str, Any]:
         log.unlink(missing_ok=True)
         recap = augment(recap, train, config.augmentation, judge=judge, log=log)
     figures = {"fit_seconds": time.perf_counter() - started, "map_seconds": map_seconds}
-    return finish(recap, config, {**figures, "num_pairs": recap.aligner.num_pairs, "num_rows": len(recap.datastore)})
+    found = recap.retriever
+    return finish(recap, config, {**figures, "num_pairs": found.aligner.num_pairs, "num_rows": len(found.datastore)})
 
 
 def judge_captions(held_out: EmbeddingStore, config: JudgedAugmentation, recap: ReCap) -> float:

@@ -112,7 +112,7 @@ class SmallCapTable:
 
     def retrieved(self, index: int) -> list[str]:
         """What was found for a caption's image, best first."""
-        return self.captioner.datastore.texts(self._found_NK[self.image_of_text[index]][None])[0]
+        return self.captioner.retriever.datastore.texts(self._found_NK[self.image_of_text[index]][None])[0]
 
     def collate(self, patches: PatchSource, indices: Sequence[int], generators: Sequence[Random]) -> dict[str, Any]:
         """`prompt` and `prompt_is_real` (NL, padded on the left), `token` (NT), `length`, `memory` (NMF), `key`."""
@@ -136,7 +136,7 @@ class SmallCapTable:
             rows = own[start : start + SEARCH_ROWS]
             keys = [train.keys[row] for row in rows]
             excludes_own = self._config.excludes_own
-            found.append(self.captioner.search(train.image_rows(rows), keys, num, excludes_own=excludes_own))
+            found.append(self.captioner.retriever.search(train.image_rows(rows), keys, num=num, excludes_own=excludes_own))
         device = self.captioner.lm.device
         return gather_uneven_rows(torch.cat(found).to(device)).cpu()
 
@@ -149,7 +149,8 @@ def fit_smallcap(config: SmallCapFit) -> dict[str, Any]:
     train = config.pairs.open(encoder)
     captioner = build_smallcap(encoder, lm, train, config.captioner)
     num_trained = sum(parameter.numel() for parameter in captioner.adapters.parameters())
-    logger.info("smallcap: %.2f M parameters train, %d captions in the datastore", num_trained / 1e6, len(captioner.datastore))
+    num_rows = len(captioner.retriever.datastore)
+    logger.info("smallcap: %.2f M parameters train, %d captions in the datastore", num_trained / 1e6, num_rows)
     task = SmallCapTask(captioner, is_bf16=config.run.is_bf16)
     images = open_held_out(config.pairs, config.evaluate, encoder)
     job = build_job(config, task, SmallCapTable(captioner, train, config.data), images)

@@ -21,8 +21,9 @@ from sycoca.captioners.datastore_files import load_datastore, save_datastore
 from sycoca.captioners.embeddings import Pairs
 from sycoca.captioners.encoder import FrozenEncoder, hash_weights, load_encoder
 from sycoca.captioners.lm import CaptionLM
-from sycoca.captioners.recap import ReCap, ReCapConfig, build_recap, fit_space
+from sycoca.captioners.recap import ReCap, ReCapConfig, build_recap, fit_its_space
 from sycoca.captioners.recap_augmentation import AugmentationConfig, AugmentedPairs, augment, mean_human_score, write_round
+from sycoca.captioners.retriever import CaptionRetriever
 from sycoca.captioners.sitta import Sitta, SittaConfig
 from sycoca.captioners.sitta_maps import fit_token_map
 from sycoca.captioners.token_vocabulary import TokenVocabulary
@@ -40,7 +41,7 @@ def parse_recap(**changes: Any) -> ReCapConfig:
 
 
 def make_recap(train: Pairs, config: ReCapConfig, *, encoder: FrozenEncoder, lm: CaptionLM | None = None) -> ReCap:
-    return build_recap(encoder, lm or toy_lm(), train, fit_space(train, config), config)
+    return build_recap(encoder, lm or toy_lm(), train, fit_its_space(train, config), config)
 
 
 def found_share(recap: ReCap, pairs: ToyPairs) -> float:
@@ -70,7 +71,7 @@ def test_nobody_retrieves_a_caption_of_its_own_image_not_even_another_sample_of_
     keys, texts = [f"photo{row // 2}#{row % 2}" for row in range(NUM_TRAIN)], [f"{row}" for row in range(2 * NUM_TRAIN)]
     train = replace(train, keys=keys, texts=texts)
     recap = make_recap(train, parse_recap(space=space), encoder=encoder)
-    source_of_text = {row.text: row.source for row in recap.datastore.rows}
+    source_of_text = {row.text: row.source for row in recap.retriever.datastore.rows}
     for key, texts in zip(train.keys, recap.retrieve(train.image_NE, train.keys), strict=True):
         assert len(texts) == K and image_of(key) not in {source_of_text[text] for text in texts}
     if space == "aligned":
@@ -99,14 +100,14 @@ def test_a_caption_says_what_it_was_made_of_and_no_weight_moves():
 def test_parts_that_do_not_belong_together_are_refused_with_what_to_do():
     encoder, other = build_encoder(), build_encoder(1)
     train, config = make_pairs(encoder, 30, seed=0), parse_recap()
-    recap, strange = make_recap(train, config, encoder=encoder), make_pairs(other, 30, seed=0)
+    found, strange = make_recap(train, config, encoder=encoder).retriever, make_pairs(other, 30, seed=0)
     with pytest.raises(DataError, match="encoder and aligner do not belong together"):
-        ReCap(other, toy_lm(), recap.aligner, recap.datastore, config)
+        CaptionRetriever(other, found.aligner, found.datastore, num=K)
     with pytest.raises(DataError, match="datastore was built with the encoder"):
-        ReCap(encoder, toy_lm(), recap.aligner, make_recap(strange, config, encoder=other).datastore, config)
+        CaptionRetriever(encoder, found.aligner, make_recap(strange, config, encoder=other).retriever.datastore, num=K)
     again = fit_image_to_text(make_pairs(encoder, 20, seed=9), AlignmentConfig())
     with pytest.raises(DataError, match="build the datastore with the aligner"):
-        ReCap(encoder, toy_lm(), again, recap.datastore, config)
+        CaptionRetriever(encoder, again, found.datastore, num=K)
     with pytest.raises(DataError, match="asks for 61 captions of a datastore of 60"):
         make_recap(train, parse_recap(prompt={"num_items": 61}), encoder=encoder)
     with pytest.raises(DataError, match="no captions, and an aligner is fitted on pairs"):
@@ -189,7 +190,7 @@ def make_oracle(seed: int = 0) -> tuple[Oracle, ToyPairs, list[str]]:
     encoder = build_encoder(seed)
     train = make_pairs(encoder, 60, seed=seed)
     plain = make_recap(train, parse_recap(), encoder=encoder)
-    oracle = Oracle(encoder, toy_lm(), plain.aligner, plain.datastore, plain.config)
+    oracle = Oracle(toy_lm(), plain.retriever, plain.config)
     whole = [" ".join(dict.fromkeys(content_words(" ".join(train.texts[2 * row : 2 * row + 2])))) for row in range(60)]
     Oracle.truth = {key: whole[row if row % 2 else (row + 31) % 60] for row, key in enumerate(train.keys)}
     return oracle, train, train.keys[1::2]
@@ -199,7 +200,7 @@ def test_a_round_keeps_true_captions_that_reach_the_human_mean_and_drops_the_oth
     oracle, train, true_keys = make_oracle()
     config = AugmentationConfig()
     kept, figures = write_round(oracle, train, config, known=[])
-    assert figures["num_written"] == 60 and figures["threshold"] == mean_human_score(oracle.aligner, train, config)
+    assert figures["num_written"] == 60 and figures["threshold"] == mean_human_score(oracle.retriever.aligner, train, config)
     assert len(kept) > 20 and all(item.score >= figures["threshold"] for item in kept)
     share = sum(train.keys[item.image] in true_keys for item in kept) / len(kept)
     assert share > 0.85
@@ -211,17 +212,18 @@ def test_a_round_keeps_true_captions_that_reach_the_human_mean_and_drops_the_oth
 
 def test_the_loop_adds_synthetic_rows_and_pairs_until_the_judge_sees_no_gain(tmp_path: Path):
     oracle, train, _ = make_oracle()
-    num_rows = len(oracle.datastore)
+    num_rows = len(oracle.retriever.datastore)
     marks = iter([10.0, 12.0, 11.0, 99.0])
     best = augment(oracle, train, AugmentationConfig(max_rounds=9), judge=lambda recap: next(marks), log=tmp_path / "log.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(line["step"], line["validation"]) for line in lines] == [(0, 10.0), (1, 12.0), (2, 11.0)]
-    assert lines[1]["num_added"] > 20 and lines[1]["num_rows"] == num_rows + lines[1]["num_added"] == len(best.datastore)
-    synthetic = [row for row in best.datastore.rows if row.origin == "synthetic"]
+    datastore = best.retriever.datastore
+    assert lines[1]["num_added"] > 20 and lines[1]["num_rows"] == num_rows + lines[1]["num_added"] == len(datastore)
+    synthetic = [row for row in datastore.rows if row.origin == "synthetic"]
     assert len(synthetic) == lines[1]["num_added"]
     assert all(row.score >= lines[1]["threshold"] and row.source in train.keys for row in synthetic)
-    assert best.aligner.num_pairs == train.num_texts + len(synthetic)
-    save_datastore(best.datastore, tmp_path / "store")
+    assert best.retriever.aligner.num_pairs == train.num_texts + len(synthetic)
+    save_datastore(datastore, tmp_path / "store")
     assert load_datastore(tmp_path / "store").inspect()["origins"]["synthetic"] == len(synthetic)
 
 
@@ -231,9 +233,9 @@ def test_random_captions_are_as_many_and_of_other_images(tmp_path: Path):
     config = AugmentationConfig(captions="random", max_rounds=1)
     marks = iter([1.0, 2.0])
     best = augment(oracle, train, config, judge=lambda recap: next(marks), log=tmp_path / "log.jsonl")
-    synthetic = [row for row in best.datastore.rows if row.origin == "synthetic"]
+    synthetic = [row for row in best.retriever.datastore.rows if row.origin == "synthetic"]
     assert len(synthetic) == expected and all(math.isnan(row.score) for row in synthetic)
-    own = {(row.source, row.text) for row in best.datastore.rows if row.origin == "human"}
+    own = {(row.source, row.text) for row in best.retriever.datastore.rows if row.origin == "human"}
     assert {row.text for row in synthetic} <= {text for _, text in own}
     assert sum((row.source, row.text) in own for row in synthetic) <= 2, "equal texts of two images at most"
 

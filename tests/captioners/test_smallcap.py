@@ -112,7 +112,8 @@ def test_a_loaded_captioner_writes_the_same_and_refuses_another_language_model(
 
 def test_retrieval_through_an_aligner_is_a_choice(tmp_path: Path):
     captioner = build(tmp_path, space="aligned")
-    assert captioner.aligner.method == "procrustes" and captioner.datastore.transform.kinds == ["l2", "centre", "l2"]
+    found = captioner.retriever
+    assert found.aligner.method == "procrustes" and found.datastore.transform.kinds == ["l2", "centre", "l2"]
     [written] = captioner.explain(pixels([4]), ["k4"])
     assert all("green" in text for text in written.retrieved)
 
@@ -181,5 +182,5 @@ def test_what_smallcap_cannot_be_is_refused(tmp_path: Path):
     tree = {"lm": {"name": "x"}, "prompt": {"order": "sample", "pool": 8}}
     with pytest.raises(ConfigError, match=r"to draw them in training set data.pool"):
         parse_config(SmallCapConfig, tree, source="tests")
-    with pytest.raises(DataError, match=r"captioner.prompt.num_items: 99 of a datastore of 24"):
+    with pytest.raises(DataError, match=r"captioner.prompt asks for 99 captions of a datastore of 24"):
         build(tmp_path, num_items=99)
