@@ -31,6 +31,9 @@ class PromptedConfig(Config):
     """Captions that stand behind a prompt of other captions; the rest are plain."""
     same_image_share: float = Field(default=0.5, ge=0, le=1)
     """Of a prompt's items: other captions of the same image, as long as there are any; the rest are of any other image."""
+    own_share: float = Field(default=0.0, ge=0, le=1)
+    """Of the prompts of captions, those in which the caption itself stands in place of another. Pretrained language models have
+    read repetitions and can copy; one that never met its caption in a prompt cannot."""
     words: PromptConfig | None = None
     """Prompts of words, as SITTA makes them: content words of the captions that would stand there, in random order."""
     words_share: float = Field(default=0.0, ge=0, le=1)
@@ -100,6 +103,9 @@ def draw_items(
     num = config.prompt.pool or config.prompt.num_items
     drawn = table.draw_others(index, num, generator, same_image_share=config.same_image_share)
     if config.words is None or generator.random() >= config.words_share:
+        if config.own_share and generator.random() < config.own_share:  # no draw without it: batches stay as they were
+            place = generator.randrange(max(1, len(drawn)))
+            drawn[place : place + 1] = [table.texts[index]]
         return arrange_items(drawn, config.prompt, generator), config.prompt
     words = list(dict.fromkeys(word for text in drawn for word in content_words(text)))
     generator.shuffle(words)

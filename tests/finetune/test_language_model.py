@@ -89,6 +89,16 @@ def test_a_share_of_the_prompts_is_made_of_content_words_of_the_captions_that_wo
             parse_config(PromptedConfig, {"texts": [], **SHARED, **changes, **wrong}, source="tests")
 
 
+def test_a_share_of_the_prompts_holds_the_caption_itself_where_that_is_asked_for():
+    def hold(own_share: float) -> list[bool]:
+        shares = {"prompted_share": 1.0, "own_share": own_share}
+        config = parse_config(PromptedConfig, {"texts": [], **SHARED, **shares}, source="tests")
+        return [table.texts[0] in draw_items(table, 0, config, Random(seed))[0] for seed in range(200)]
+
+    table = CaptionTable(CAPTIONS)
+    assert not any(hold(0.0)) and all(hold(1.0)) and 70 < sum(hold(0.5)) < 130
+
+
 def test_a_batch_holds_prompt_and_caption_apart_and_only_the_caption_is_learnt(tmp_path: Path):
     config = small_config(tmp_path)
     lm, table = small_lm(tmp_path, config), CaptionTable(CAPTIONS)
