@@ -9,11 +9,19 @@ import pytest
 import torch
 from toy_world import build_encoder, make_pairs, paint, toy_lm
 
+from sycoca.captioners.aligner import fit_map
 from sycoca.captioners.alignment import AlignmentConfig, fit_image_to_text
 from sycoca.captioners.encoder import hash_weights
 from sycoca.captioners.score import AlignedScorer, ClipScorer
 from sycoca.captioners.sitta import Sitta, SittaConfig
-from sycoca.captioners.sitta_maps import TokenMapConfig, build_vocabulary, fit_token_map, read_token_pairs
+from sycoca.captioners.sitta_maps import (
+    TokenMapConfig,
+    build_vocabulary,
+    embed_words,
+    fit_token_map,
+    read_token_pairs,
+    rows_of_images,
+)
 from sycoca.captioners.sitta_report import compare_maps, first_of_each, ndcg, token_ndcg
 from sycoca.captioners.token_vocabulary import TokenVocabulary
 from sycoca.captioners.transform import fit_transform
@@ -77,6 +85,47 @@ def test_pairs_of_an_image_and_its_tokens_are_those_of_a_plain_loop():
     sums = list(read_token_pairs(train, vocabulary, transform, order=None, is_summed=True))
     assert [block.count_N.sum().item() for block in sums] == [len(block.source_NE) for block in rows]
     torch.testing.assert_close(sum(block.target_NF.sum(0) for block in sums), target_NF.sum(0))
+
+
+def test_the_robust_map_weighs_every_token_by_itself_and_the_others_need_sums_only():
+    encoder, vocabulary = build_encoder(), TokenVocabulary(toy_lm())
+    train = make_pairs(encoder, 50, seed=3)
+    transform = fit_transform(["zscore"], lambda: [train.image_NE])
+    for method, is_summed in (("robust", False), ("procrustes", True)):
+        found = fit_token_map(encoder, train, vocabulary, TokenMapConfig(method=method)).weight_EF
+        maps = [
+            fit_map(lambda summed=summed: read_token_pairs(train, vocabulary, transform, order=None, is_summed=summed), method)
+            for summed in (is_summed, not is_summed)
+        ]
+        torch.testing.assert_close(found, maps[0])
+        assert torch.allclose(*maps) == (method == "procrustes")
+
+
+def test_a_token_that_two_words_share_is_one_target_of_the_image():
+    class Pieces:
+        def rows_of(self, word: str) -> list[int]:
+            return {"snowboard": [4, 7], "snow": [4], "surfboard": [5, 7]}[word]
+
+    rows = rows_of_images(["snowboard in the snow", "a surfboard", "snow"], torch.tensor([0, 0, 1]), 3, Pieces())  # pyright: ignore
+    assert rows == [[4, 7, 5], [4], []]
+
+
+def test_the_lexical_map_reads_each_word_in_every_template_as_unit_vectors():
+    encoder, vocabulary = build_encoder(), TokenVocabulary(toy_lm())
+    templates = ["{}", "{} and two dogs", "grass {}"]
+    mean_NE = embed_words(encoder, vocabulary, templates)
+    for row in range(0, len(vocabulary.words), 5):
+        units = [encoder.encode_text([template.replace("{}", vocabulary.words[row])])[0] for template in templates]
+        torch.testing.assert_close(mean_NE[row], sum(unit_E / unit_E.norm() for unit_E in units) / 3)
+
+
+def test_images_of_the_lexical_map_are_standardised_by_images_or_where_there_are_none_by_texts():
+    encoder, vocabulary, train = build_encoder(), TokenVocabulary(toy_lm()), make_pairs(build_encoder(), 50, seed=3)
+    word_NE = embed_words(encoder, vocabulary, ["{}"])
+    for statistics, row_NE in (("images", train.image_NE), ("texts", word_NE)):
+        config = TokenMapConfig(name="lexical", templates=["{}"], image_statistics=statistics)
+        found_NE = fit_token_map(encoder, train, vocabulary, config).source_transform(row_NE.double())
+        torch.testing.assert_close(found_NE, (row_NE.double() - row_NE.double().mean(0)) / row_NE.double().std(0, correction=0))
 
 
 def test_targets_are_standardised_over_the_vocabulary_in_fitting_and_in_searching():
