@@ -97,6 +97,17 @@ def test_a_caption_says_what_it_was_made_of_and_no_weight_moves():
     assert [row.retrieved for row in without.explain(paint(train.image_NE[:2]), ["", ""])] == [[], []]
 
 
+def test_a_prompt_s_captions_are_drawn_from_a_longer_list():
+    encoder = build_encoder()
+    train = make_pairs(encoder, 40, seed=0)
+    pool = {"template": "recap", "num_items": 2, "order": "sample", "pool": 7, "max_tokens": 30}
+    best = make_recap(train, parse_recap(prompt={**pool, "num_items": 7}), encoder=encoder).retrieve(train.image_NE, train.keys)
+    written = make_recap(train, parse_recap(prompt=pool), encoder=encoder).write(train.image_NE, train.keys)
+    places = [[of_image.index(text) for text in row.retrieved] for row, of_image in zip(written, best, strict=True)]
+    assert all(len(of_image) == 2 for of_image in places)
+    assert {place for of_image in places for place in of_image} == set(range(7))
+
+
 def test_parts_that_do_not_belong_together_are_refused_with_what_to_do():
     encoder, other = build_encoder(), build_encoder(1)
     train, config = make_pairs(encoder, 30, seed=0), parse_recap()

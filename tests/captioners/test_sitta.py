@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -163,6 +163,27 @@ def test_words_are_clean_different_and_ranked_by_cosine():
         vocabulary.search(query_BF, everything + 1)
 
 
+def test_a_word_of_two_tokens_is_found_once_and_is_spelled_as_within_a_sentence():
+    class Byte:  # as byte-level tokenizers have it: 0 is the word at the start of a text, 1 behind a blank
+        tokenizer: ClassVar[Any]
+
+        def token_texts(self) -> list[str]:
+            return ["dog", "dog", "cat", "."]
+
+        def input_embeddings(self) -> torch.Tensor:
+            return torch.tensor([[1.0, 0.2], [1.0, 0.1], [-1.0, 0.5], [0.0, 1.0]])
+
+        def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+            assert not add_special_tokens
+            return {"dog": [0], " dog": [1], " cat .": [2, 3]}[text]
+
+    Byte.tokenizer = Byte()
+    vocabulary = TokenVocabulary(Byte(), kinds=["none"])  # pyright: ignore
+    assert vocabulary.words == ["dog", "dog", "cat"] and vocabulary.different_words == ["dog", "cat"]
+    assert vocabulary.search(torch.tensor([[1.0, 0.0]]), 2) == [["dog", "cat"]]
+    assert vocabulary.rows_of("dog") == [1] and vocabulary.rows_of("cat .") == [2]
+
+
 @pytest.mark.parametrize("choose_by", ["CLIP-S", "aCLIP-S", "likelihood"])
 def test_the_caption_is_the_candidate_that_the_scorer_rates_highest(choose_by):
     sitta = build_sitta(choose_by)
@@ -189,6 +210,7 @@ def test_prompts_are_the_words_in_rank_order_and_then_in_random_orders():
     assert len(prompts) == 4 and all(sorted(prompt[:K]) == sorted(words) for prompt in prompts)
     assert len({tuple(prompt) for prompt in prompts}) > 1
     assert prompts == [sitta.lm.decode_caption(ids).split() for ids in sitta._make_prompts(words, "a key")]
+    assert prompts != [sitta.lm.decode_caption(ids).split() for ids in sitta._make_prompts(words, "another")]
 
 
 def test_no_graph_is_built_and_no_weight_moves():
