@@ -10,7 +10,14 @@ from torch import Tensor
 from sycoca.captioners.candidates import Candidates, choose
 from sycoca.captioners.datastore import build_datastore
 from sycoca.captioners.linear_aligner import LinearAligner
-from sycoca.captioners.score import AggregateScorer, AlignedScorer, ClipScorer, RefAlignedScorer, RefClipScorer
+from sycoca.captioners.score import (
+    AggregateScorer,
+    AlignedAggregateScorer,
+    AlignedScorer,
+    ClipScorer,
+    RefAlignedScorer,
+    RefClipScorer,
+)
 from sycoca.captioners.text_rows import Row, TextRows
 from sycoca.captioners.transform import EmbeddingTransform, fit_transform
 from sycoca.types import ConfigError, DataError
@@ -54,15 +61,26 @@ def build_aligner(fingerprint: str) -> LinearAligner:
     return LinearAligner(noise(E, E, seed=13), image, text, fingerprint, fingerprint, "ols", 20)
 
 
-def aligned(image: Vector, caption: Vector, aligner: LinearAligner) -> float:
-    def centred(row: Vector, transform: EmbeddingTransform) -> Vector:
-        length, shift = math.sqrt(sum(value * value for value in row)), transform.steps[1].shift_E
-        assert shift is not None
-        return [value / length - mean for value, mean in zip(row, shift.tolist())]
+def centred(row: Vector, transform: EmbeddingTransform) -> Vector:
+    length, shift = math.sqrt(sum(value * value for value in row)), transform.steps[1].shift_E
+    assert shift is not None
+    return [value / length - mean for value, mean in zip(row, shift.tolist())]
 
+
+def mapped(image: Vector, aligner: LinearAligner) -> Vector:
     source = centred(image, aligner.source_transform)
-    mapped = [sum(source[i] * aligner.weight_EF[i, j].item() for i in range(E)) for j in range(E)]
-    return max(cosine(mapped, centred(caption, aligner.target_transform)), 0.0)
+    return [sum(source[i] * aligner.weight_EF[i, j].item() for i in range(E)) for j in range(E)]
+
+
+def aligned(image: Vector, caption: Vector, aligner: LinearAligner) -> float:
+    return max(cosine(mapped(image, aligner), centred(caption, aligner.target_transform)), 0.0)
+
+
+def aggregated(image: Vector, caption: Vector, rows: list[Vector], *, temperature: float, share: float) -> float:
+    weights = [math.exp(temperature * (cosine(image, row) - 1)) for row in rows]
+    target = [sum(w * row[i] for w, row in zip(weights, rows)) / sum(weights) for i in range(E)]
+    distance = sum(abs(a - b) for a, b in zip(target, caption)) / E
+    return share * cosine(target, caption) + (1 - share) * (1 - distance)
 
 
 def test_clip_s_is_the_plain_formula():
@@ -109,14 +127,26 @@ def test_clip_agg_is_the_plain_formula(temperature: float, share: float):
     scorer = AggregateScorer(encoder, datastore, temperature=temperature, cosine_share=share)
 
     def rate(image: Vector, caption: Vector, _: list[Vector]) -> float:
-        rows = CORPUS_SE.double().tolist()
-        weights = [math.exp(temperature * (cosine(image, row) - 1)) for row in rows]
-        target = [sum(w * row[i] for w, row in zip(weights, rows)) / sum(weights) for i in range(E)]
-        distance = sum(abs(a - b) for a, b in zip(target, caption)) / E
-        return share * cosine(target, caption) + (1 - share) * (1 - distance)
+        return aggregated(image, caption, CORPUS_SE.double().tolist(), temperature=temperature, share=share)
 
     torch.testing.assert_close(scorer(IMAGE_BE, CANDIDATES), expected(rate), rtol=1e-4, atol=1e-5)
     assert torch.equal(scorer.score_targets(scorer.targets(IMAGE_BE), CANDIDATES), scorer(IMAGE_BE, CANDIDATES))
+
+
+@pytest.mark.parametrize(("temperature", "share"), [(0.0, 0.5), (12.0, 0.3)])
+def test_clip_agg_in_the_aligned_space_is_the_plain_formula_of_what_the_aligner_gives(temperature: float, share: float):
+    encoder = build_compass()
+    aligner = build_aligner(encoder.fingerprint)
+    corpus = TextRows([Row(str(row), "") for row in range(S)], CORPUS_SE.numpy(), encoder.fingerprint)
+    datastore = build_datastore(corpus, aligner.target_transform)
+    scorer = AlignedAggregateScorer(encoder, datastore, aligner, temperature=temperature, cosine_share=share)
+    rows = [centred(row, aligner.target_transform) for row in CORPUS_SE.double().tolist()]
+
+    def rate(image: Vector, caption: Vector, _: list[Vector]) -> float:
+        target = centred(caption, aligner.target_transform)
+        return aggregated(mapped(image, aligner), target, rows, temperature=temperature, share=share)
+
+    torch.testing.assert_close(scorer(IMAGE_BE, CANDIDATES), expected(rate), rtol=1e-4, atol=1e-5)
 
 
 def test_the_best_candidate_is_chosen_and_scores_carry_no_graph():
