@@ -16,7 +16,7 @@ from tiny_lms import build_lm
 from toy_world import ToyPairs, build_encoder, make_pairs, noise, paint, toy_lm
 
 from sycoca.captioners.alignment import AlignmentConfig, fit_image_to_text
-from sycoca.captioners.captioner import read_fit, write_fit
+from sycoca.captioners.captioner import Written, read_fit, write_fit
 from sycoca.captioners.captioner_loading import LoadedCaptioner, load_captioner
 from sycoca.captioners.datastore_files import load_datastore, save_datastore
 from sycoca.captioners.embeddings import Pairs
@@ -30,7 +30,9 @@ from sycoca.captioners.sitta_maps import fit_token_map
 from sycoca.captioners.token_vocabulary import TokenVocabulary
 from sycoca.captioners.words import content_words
 from sycoca.config import parse_config
+from sycoca.finetune.closed_form import JudgedAugmentation, judge_captions
 from sycoca.types import ConfigError, DataError, image_of
+from tests.captioners import palette
 
 NUM_TRAIN, NUM_HELD_OUT, K = 150, 40, 3
 
@@ -240,6 +242,26 @@ def test_the_loop_adds_synthetic_rows_and_pairs_until_the_judge_sees_no_gain(tmp
     assert best.retriever.aligner.num_pairs == train.num_texts + len(synthetic)
     save_datastore(datastore, tmp_path / "store")
     assert load_datastore(tmp_path / "store").inspect()["origins"]["synthetic"] == len(synthetic)
+
+
+def test_the_judge_reads_held_out_images_of_every_shard_or_the_first_ones(tmp_path: Path):
+    """Of a captioner that is right about the images of the first shard alone."""
+    store = palette.embed_images(tmp_path, "val")
+    right = set(next(iter(store.blocks())).keys)
+
+    class HalfRight:
+        def write(self, image_BE: torch.Tensor, keys: list[str]) -> list[Written]:
+            numbers = [int(key.removeprefix("k")) for key in keys]
+            texts = [palette.captions_of(n)[0] if f"k{n}" in right else "something else" for n in numbers]
+            assert torch.equal(image_BE, palette.build_palette().encode_image(palette.pixels(numbers)).cpu())
+            return [Written(text, [], [text], [0.0]) for text in texts]
+
+    def judge(num_judged: int | None) -> float:
+        config = JudgedAugmentation(judge="ROUGE-L", num_judged=num_judged, batch_size=4)
+        return judge_captions(store, config, HalfRight())  # pyright: ignore
+
+    assert 0 < len(right) < len(store)
+    assert judge(None) == pytest.approx(100 * len(right) / len(store)) and judge(len(right)) == pytest.approx(100)
 
 
 def test_random_captions_are_as_many_and_of_other_images(tmp_path: Path):
