@@ -1,5 +1,5 @@
 # Each target does its own set-up: a virtual environment in .venv, and the dependencies, once for each setup.cfg.
-# make quickstart   the main job on the embedded data, about ten minutes on two cores
+# make quickstart   the main job on the embedded data, about a quarter of an hour on two cores
 # make downstream   the five tasks from its checkpoint, about twenty minutes
 # make test         every test        make lint types bench
 # make soak         whole matrices that are too long for every day
