@@ -41,8 +41,9 @@ FOLDER = "lm"
 NOTE = "trained on captions alone, from random weights; no image and no pretrained language model had a part in it"
 STANDING_BEHIND = {
     "perplexity": {"prompted_share": 0.0},
-    "perplexity_behind_others": {"prompted_share": 1.0, "same_image_share": 0.0},
-    "perplexity_behind_own": {"prompted_share": 1.0, "same_image_share": 1.0},
+    "perplexity_behind_others": {"prompted_share": 1.0, "same_image_share": 0.0, "own_share": 0.0},
+    "perplexity_behind_own": {"prompted_share": 1.0, "same_image_share": 1.0, "own_share": 0.0},
+    "perplexity_behind_itself": {"prompted_share": 1.0, "same_image_share": 0.0, "own_share": 1.0},
 }
 ZERO_3 = 3
 
@@ -172,20 +173,18 @@ def build_job(config: TrainLMConfig, table: CaptionTable, task: LanguageModelTas
 
 @torch.no_grad()
 def measure(config: TrainLMConfig, table: CaptionTable, task: LanguageModelTask) -> dict[str, float]:
-    """Perplexity of held-out captions: plain, behind captions of other images, and behind others of their own image.
+    """Perplexity of held-out captions: plain, and behind captions of other images, others of their own image, and themselves.
 
-    `log_prob` is of the last, in nats a token. A model that reads its prompt does better behind its own image's captions.
+    `log_prob` is of those behind others of their own image, in nats a token: a model that reads its prompt does better there.
     """
     was_training = task.training
     task.eval()
-    figures: dict[str, float] = {}
-    mean = 0.0
+    means: dict[str, float] = {}
     for name, shares in STANDING_BEHIND.items():
         captions_only = {**shares, "words": None, "words_share": 0.0}
-        mean = mean_log_prob(task, table, config.data.model_copy(update=captions_only), config.evaluate)
-        figures[name] = math.exp(-mean)
+        means[name] = mean_log_prob(task, table, config.data.model_copy(update=captions_only), config.evaluate)
     task.train(was_training)
-    return {**figures, CHOOSE_BY: mean}
+    return {name: math.exp(-mean) for name, mean in means.items()} | {CHOOSE_BY: means["perplexity_behind_own"]}
 
 
 def mean_log_prob(task: LanguageModelTask, table: CaptionTable, data: PromptedConfig, config: EvaluateLMConfig) -> float:

@@ -158,6 +158,7 @@ def test_a_few_captions_are_learnt_and_their_prompts_are_read(tmp_path: Path, qu
     )
     result = train_language_model(config)
     assert result["note"] and float(result["perplexity_behind_own"]) < 1.3 < float(result["perplexity_behind_others"])
+    assert float(result["perplexity_behind_itself"]) > 2, "it never met a caption in its own prompt"
     lm = load_lm(str(result["lm"]))
     texts = [text for texts in CAPTIONS.values() for text in texts]
     plain = pad_prompts([lm.encode_prompt("")], lm.pad)
