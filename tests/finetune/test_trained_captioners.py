@@ -85,12 +85,13 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-def assert_resumes(fit: Callable[[], Any], folder: Path) -> None:
-    """Killed after step 2, it ends with the same weights, to the bit."""
+def assert_resumes(fit: Callable[[], Any], folder: Path) -> Any:
+    """Killed after step 2, it ends with the same weights, to the bit; gives what the second launch says."""
     whole = weights_of(folder)
     forget_after(folder, step=2)
-    fit()
+    again = fit()
     assert_same(weights_of(folder), whole)
+    return again
 
 
 @pytest.mark.slow
@@ -139,7 +140,8 @@ def test_cgtgan_logs_every_reward_reports_both_choices_and_goes_on_where_it_stop
     after = captioner.light.generator.lm.model.state_dict()  # pyright: ignore
     names = ("transformer.wte.weight", "transformer.h.0.attn.c_attn.weight")
     assert all(not torch.equal(before[name], after[name]) for name in names), "the language model is trained too"
-    assert_resumes(lambda: fit_cgtgan(config), tmp_path / "run")
+    again = assert_resumes(lambda: fit_cgtgan(config), tmp_path / "run")
+    assert again["initialised"] == result["initialised"] and again["selected"] == result["selected"], "it was measured before"
 
 
 @pytest.mark.slow
