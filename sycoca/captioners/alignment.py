@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -88,8 +88,7 @@ def compare_spaces(
 
     One pair for each `Space`.
     """
-    names: tuple[Space, ...] = ("raw", "centred", "aligned", "shuffled")
-    aligners = {name: fit_space(train, name, config) for name in names}
+    aligners = {name: fit_space(train, name, config) for name in get_args(Space)}
     spaces: dict[str, tuple[Tensor, Tensor]] = {}
     for name, aligner in aligners.items():
         image_NE, text_NE = aligner.apply(held_out_image_NE), aligner.embed_target(held_out_text_NE)

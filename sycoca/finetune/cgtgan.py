@@ -109,7 +109,7 @@ def fit_cgtgan(config: CgTGanFit) -> dict[str, Any]:
         write_fit(folder, {"fit_seconds": seconds})
     chosen = report_selections(folder / "log.jsonl", {"paired": CHOOSE_BY, "unpaired": UNPAIRED})
     measured = report_selections(folder / INITIALISE / "log.jsonl", {"last": "step"})  # an earlier launch may have done it
-    initial |= measured.get("last", {})
+    initial = measured.get("last", {}) | initial
     return {"captioner": str(folder), "fit_seconds": seconds, **figures, "initialised": initial, "selected": chosen}
 
 
