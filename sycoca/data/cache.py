@@ -2,7 +2,7 @@
 
     <what tells the URL>.<CRC-32>.<bytes>.shard      whole files, the time of last use as their time of change
     <what tells the URL>.partial                     a transfer under way, as long as the file will be
-    room.lock                                        held while room is made
+    room.lock                                        held while files are counted, take their names or lose them
 
 Whoever reads or writes a file holds a lock on it (flock), which ends with its process: files in use are not removed, and what
 a killed process left behind is. The folder must be on a local disk.
@@ -73,13 +73,16 @@ def _open_kept(folder: Path, digest: str) -> BinaryIO | None:
             continue  # removed since it was listed
         fcntl.flock(file, fcntl.LOCK_SH)
         _, checksum, size, _ = path.name.split(".")
-        if _checksum(file) == (int(checksum, 16), int(size)):
-            with suppress(FileNotFoundError):
-                os.utime(path)
+        if not _is_at(file, path):
+            file.close()  # removed before it was locked: it would be kept on disk, and counted by nobody
+        elif _checksum(file) == (int(checksum, 16), int(size)):
+            os.utime(file.fileno())
             file.seek(0)
             return file
-        file.close()
-        path.unlink(missing_ok=True)
+        else:
+            with _lock_room(folder), file:
+                if _is_at(file, path):  # not what another process has fetched in its place
+                    path.unlink()
     return None
 
 
@@ -130,16 +133,23 @@ def _fetch(stream: RemoteFile, path: Path, file: BinaryIO, max_bytes: int) -> Bi
         raise RemoteError("remote_truncated", f"{path.stem}: {place} of {size} bytes came")
     final = path.with_name(f"{path.stem}.{checksum:08x}.{size}.shard")
     kept = path.open("rb")
-    os.replace(path, final)  # before the lock is let go: who waits for it must not find the name again
-    fcntl.flock(file, fcntl.LOCK_UN)
-    fcntl.flock(kept, fcntl.LOCK_SH)
+    with _lock_room(path.parent):  # who counts the files finds it under one name or the other
+        os.replace(path, final)  # before the lock is let go: who waits for it must not find the name again
+        fcntl.flock(file, fcntl.LOCK_UN)
+        fcntl.flock(kept, fcntl.LOCK_SH)
     return kept
+
+
+@contextmanager
+def _lock_room(folder: Path) -> Iterator[None]:
+    with (folder / "room.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _take_room(path: Path, file: BinaryIO, size: int, max_bytes: int) -> bool:
     """Make the transfer's file as long as it will be, once what was used longest ago has made room for it."""
-    with (path.parent / "room.lock").open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _lock_room(path.parent):
         found = sorted(_list_files(path.parent), key=lambda item: item[1].st_mtime_ns)
         room = min(max_bytes - sum(status.st_size for _, status in found), shutil.disk_usage(path.parent).free)
         for old, status in found:
