@@ -39,13 +39,19 @@ class Unpaired:
 
 
 def report_selections(log: Path, criteria: Mapping[str, str]) -> dict[str, Any]:
-    """For each criterion the evaluation of a run that it chooses, with its step and all its figures; none without one."""
-    if not log.is_file():
-        return {}
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    by_step = {line["step"]: _figures(line) for line in lines if any(name.startswith(_PREFIX) for name in line)}
+    """For each criterion the evaluation of a run that it chooses, with its step and all its figures; none without one.
+
+    Where the log goes back to an earlier step, from a checkpoint or from the start, what it had of later steps does not count.
+    """
+    evaluations: list[dict[str, Any]] = []
+    for line in map(json.loads, log.read_text(encoding="utf-8").splitlines() if log.is_file() else []):
+        is_evaluation = any(name.startswith(_PREFIX) for name in line)
+        first_undone = line["step"] + (not is_evaluation)
+        evaluations = [figures for figures in evaluations if figures["step"] < first_undone]
+        if is_evaluation:
+            evaluations.append(_figures(line))
     return {
-        name: max(by_step.values(), key=lambda figures: figures[figure]) for name, figure in criteria.items() if by_step
+        name: max(evaluations, key=lambda figures: figures[figure]) for name, figure in criteria.items() if evaluations
     }
 
 

@@ -1,5 +1,6 @@
 """CgT-GAN's two players: the policy gradient against the exact one, who learns from what, and what a reward is made of."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from sycoca.captioners.text_rows import Row
 from sycoca.captioners.transform import EmbeddingTransform, Step, fit_transform
 from sycoca.config import parse_config
 from sycoca.finetune.corpus import Corpus, CorpusConfig
-from sycoca.finetune.corpus_fluency import Unpaired
+from sycoca.finetune.corpus_fluency import Unpaired, report_selections
 from sycoca.finetune.discriminator import DiscriminatorConfig, build_discriminator
 from sycoca.finetune.text_gan import AdversarialTask, PolicyConfig, ReconstructionTask
 from sycoca.finetune.text_rewards import AggregateReward, RewardConfig, build_semantic
@@ -263,3 +264,23 @@ def test_settings_that_contradict_each_other_are_refused():
         parse_config(DiscriminatorConfig, {}, source="tests")
     with pytest.raises(ConfigError, match="set num_samples to 2 or more"):
         parse_config(PolicyConfig, {"baseline": "mean", "num_samples": 1}, source="tests")
+
+
+@pytest.mark.parametrize(
+    ("steps", "chosen"),
+    [
+        ([(2, None), (2, 5), (4, None), (4, 9), (6, None), (6, 7)], 4),
+        ([(2, None), (2, 5), (4, None), (4, 9), (4, None), (4, 3), (6, 4)], 2),
+        ([(2, 5), (4, 9), (1, None), (3, 1)], 3),
+        ([(2, None)], None),
+        ([], None),
+    ],
+    ids=["on", "resumed", "from_the_start", "not_evaluated", "no_log"],
+)
+def test_only_the_run_that_stands_is_chosen_from(tmp_path: Path, steps: list, chosen: int | None):
+    """Steps with a figure, or with none for a line of training."""
+    lines = [{"step": step, "loss": 1.0} if best is None else {"step": step, "eval/cider": best} for step, best in steps]
+    if lines:
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = report_selections(tmp_path / "log.jsonl", {"paired": "cider"})
+    assert found.get("paired", {}).get("step") == chosen
