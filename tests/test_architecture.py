@@ -174,6 +174,15 @@ def test_every_tool_and_benchmark_answers_help():
         assert f"usage: {tool.name}" in done.stdout
 
 
+@pytest.mark.slow
+def test_a_tool_starts_without_libraries_that_few_runs_need():
+    """They took two of seven seconds of every process that was launched."""
+    heavy = {"open_clip", "transformers", "deepspeed", "matplotlib", "pandas", "faiss"}
+    script = f"import sys, sycoca.train.pretrain; print({heavy} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_the_readme_s_tree_is_true():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     _, _, tree = readme.partition("## What is where")

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 import sycoca
 from sycoca.cli import run_tool
 from sycoca.evaluation import zero_shot
+from sycoca.evaluation.class_prompts import read_classes, read_templates
 from sycoca.evaluation.image_sources import batch_images, labelled_images, list_labels
 from sycoca.log import logger, set_up_console
 
@@ -26,15 +27,13 @@ def main() -> Mapping[str, Any]:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     set_up_console(is_main=accelerator.is_main_process)
     labels = list_labels(options.images)
-    class_names = zero_shot.read_classes(options.classes) if options.classes else zero_shot.take_as_classes(labels)
+    class_names = read_classes(options.classes) if options.classes else zero_shot.take_as_classes(labels)
     places = zero_shot.match_labels(labels, class_names)
     subject = sycoca.load(options.checkpoint, device=accelerator.device)
     images = labelled_images(options.images, rank=accelerator.process_index, world_size=accelerator.num_processes)
     batches = batch_images(images, subject.transform, places=places, batch_size=options.batch_size)
     logger.info("%d classes, %d processes on %s", len(class_names), accelerator.num_processes, accelerator.device.type)
-    evaluator = zero_shot.ZeroShotEvaluator(
-        batches, class_names=class_names, templates=zero_shot.read_templates(options.templates)
-    )
+    evaluator = zero_shot.ZeroShotEvaluator(batches, class_names=class_names, templates=read_templates(options.templates))
     counts = evaluator.count(subject)
     table = {"per_class": zero_shot.class_table(counts, class_names)} if options.per_class else {}
     return {**zero_shot.accuracy_metrics(counts), **table}

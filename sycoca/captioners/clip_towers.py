@@ -1,8 +1,7 @@
 """open_clip's models and transformers' CLIP as towers: what encodes images, texts and patches, and how images are prepared."""
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import open_clip
@@ -12,25 +11,13 @@ from open_clip.transformer import VisionTransformer
 from PIL import Image
 from torch import Tensor, nn
 
+from sycoca.captioners.encoder import Towers
 from sycoca.config import parse_config
 from sycoca.data.transforms import TransformConfig
 from sycoca.types import CheckpointError, ConfigError
 
 _RESIZE_MODES = {"shortest": "center_crop", "squash": "squash"}  # open_clip's word: ours
 _SCHEMES = ("local-dir:", "hf-hub:")  # of open_clip's names that carry their own weights
-
-
-@dataclass(frozen=True)
-class Towers:
-    """One pair of encoders. The functions take tensors on the module's device and give raw embeddings."""
-
-    module: nn.Module
-    """All weights that take part, and nothing else that matters to the embeddings."""
-    image: Callable[[Tensor], Tensor]
-    text: Callable[[list[str]], Tensor]
-    patches: Callable[[Tensor], Tensor]
-    transform: TransformConfig
-    logit_scale: float | None
 
 
 def open_clip_towers(name: str) -> Towers:

@@ -1,14 +1,14 @@
 """A frozen pair of encoders under a captioner: a checkpoint of ours, an open_clip model or a transformers CLIP, by name."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from sycoca.captioners.clip_towers import Towers, open_clip_towers, transformers_towers
 from sycoca.data.transforms import TransformConfig, build_eval_transform
 from sycoca.pretrained import find_checkpoint, load
 from sycoca.types import CheckpointError
@@ -20,6 +20,19 @@ MAX_LOGIT_SCALE = 100.0
 """Training clamps it so (CLIP, section 2.5); the checkpoint holds the parameter as it was before."""
 _LOGIT_SCALE = "log_logit_scale"
 """The contrastive objective's parameter in a checkpoint of ours."""
+
+
+@dataclass(frozen=True)
+class Towers:
+    """One pair of encoders. The functions take tensors on the module's device and give raw embeddings."""
+
+    module: nn.Module
+    """All weights that take part, and nothing else that matters to the embeddings."""
+    image: Callable[[Tensor], Tensor]
+    text: Callable[[list[str]], Tensor]
+    patches: Callable[[Tensor], Tensor]
+    transform: TransformConfig
+    logit_scale: float | None
 
 
 class FrozenEncoder:
@@ -92,6 +105,9 @@ def load_encoder(name: str, device: torch.device | str = "cpu") -> FrozenEncoder
     `open_clip:local-dir:FOLDER`, `open_clip:hf-hub:OWNER/NAME`); `transformers:openai/clip-vit-large-patch14` (or a folder).
     Raises CheckpointError or ConfigError, which say what was expected.
     """
+    if name.startswith((OPEN_CLIP, TRANSFORMERS)):
+        from sycoca.captioners.clip_towers import open_clip_towers, transformers_towers  # slow to import, ours do without
+
     if name.startswith(OPEN_CLIP):
         return FrozenEncoder(name, open_clip_towers(name.removeprefix(OPEN_CLIP)), device)
     if name.startswith(TRANSFORMERS):

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Literal
 
-import open_clip
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -51,6 +50,8 @@ class TokenMapConfig(Config):
     def prompts(self) -> list[str]:
         """The templates, each with `{}` once."""
         if self.templates == "openai":
+            import open_clip  # slow to import, and few ask for it
+
             return [fill("{}") for fill in open_clip.OPENAI_IMAGENET_TEMPLATES]
         return list(self.templates)
 

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from sycoca.types import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 KARPATHY_RESTVAL = "restval"
 """Karpathy's COCO split: the part of the official validation set that everybody trains on."""
@@ -173,7 +174,9 @@ def read_rows(path: Path, name: str, *, needed: set[str]) -> list[dict[str, Any]
     return tree[name]
 
 
-def _load_table(file: Path) -> pd.DataFrame:
+def _load_table(file: Path) -> "pd.DataFrame":
+    import pandas as pd  # slow to import, and only tables need it
+
     separators = {".csv": ",", ".tsv": "\t"}
     try:
         if file.suffix == ".parquet":

@@ -4,17 +4,18 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from open_clip.tokenizer import SimpleTokenizer
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as WordTokenizer
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sycoca.config import Config
 from sycoca.types import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _CLIP = "clip"
 _CLIP_FILE = "sycoca_tokenizer.json"
@@ -74,6 +75,8 @@ class ClipTokenizer(Tokenizer):
     """CLIP's byte-pair encoding of lower-cased text, 49,408 entries."""
 
     def __init__(self) -> None:
+        from open_clip.tokenizer import SimpleTokenizer  # slow to import, and words of our own do without
+
         self._bpe = SimpleTokenizer()
         self._full_clean = self._bpe.clean_fn
         self._bpe.clean_fn = self._clean  # pyright: ignore[reportAttributeAccessIssue]
@@ -132,6 +135,8 @@ def build_tokenizer(name_or_folder: str | Path) -> Tokenizer:
     """
     if str(name_or_folder) == _CLIP or (Path(name_or_folder) / _CLIP_FILE).is_file():
         return ClipTokenizer()
+    from transformers import AutoTokenizer  # slow to import, and who asks for help or errs in a setting need not wait for it
+
     try:
         inner = AutoTokenizer.from_pretrained(str(name_or_folder))
     except (OSError, ValueError, KeyError) as error:
@@ -163,7 +168,9 @@ def train_prompt_tokenizer(texts: Iterable[str], folder: Path) -> None:
     tokenizer.save_pretrained(str(folder))
 
 
-def _train_words(texts: Iterable[str], pre_tokenizer: pre_tokenizers.PreTokenizer) -> PreTrainedTokenizerFast:
+def _train_words(texts: Iterable[str], pre_tokenizer: pre_tokenizers.PreTokenizer) -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
     special = {"pad_token": "[PAD]", "bos_token": "[BOS]", "eos_token": "[EOS]", "unk_token": "[UNK]"}
     words = WordTokenizer(models.WordLevel(unk_token=special["unk_token"]))
     words.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])

@@ -1,30 +1,18 @@
 """Zero-shot classification: an image's class is the one whose averaged prompts lie nearest (CLIP, arXiv:2103.00020, 3.1.4)."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from sycoca.data.scene_text import CLASS_TEMPLATES
 from sycoca.distributed import gather_uneven_rows, rank, sum_over_ranks, world_size
 from sycoca.evaluation.embedding import embed_texts
 from sycoca.log import logger
 from sycoca.types import DataError, DualEncoder
 
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-CLASS_SETS: dict[str, Sequence[str]] = {"cifar10": CIFAR10_CLASSES, "imagenet": open_clip.IMAGENET_CLASSNAMES}
-TEMPLATE_SETS: dict[str, Sequence[str]] = {
-    "openai": [fill("{}") for fill in open_clip.OPENAI_IMAGENET_TEMPLATES],
-    "simple": [fill("{}") for fill in open_clip.SIMPLE_IMAGENET_TEMPLATES],
-    "scenes": CLASS_TEMPLATES,
-}
-"""`openai` has 80 prompts, `simple` the 7 that CLIP's authors found to do nearly as well; `{}` stands for the class."""
 TIE = 1e-6
 """Cosines closer than this are a tie, and ties go against the right class: constant embeddings score nothing."""
 
@@ -112,22 +100,6 @@ def class_table(counts: ClassCounts, class_names: Sequence[str]) -> dict[str, di
     return {name: {"num_images": num, "top_1": 100.0 * hits / num} for name, num, hits in rows if num > 0}
 
 
-def read_classes(name: str) -> list[str]:
-    """A built-in set by name, or a file: .txt, a class a line; .json, a list or with `class_names`. Raises DataError."""
-    return list(CLASS_SETS[name]) if name in CLASS_SETS else _read_list(name, "class_names", known=CLASS_SETS)
-
-
-def read_templates(name: str) -> list[str]:
-    """A built-in set by name, or a file: .txt, a prompt a line; .json, a list or with `templates`. Raises DataError."""
-    if name in TEMPLATE_SETS:
-        return list(TEMPLATE_SETS[name])
-    templates = _read_list(name, "templates", known=TEMPLATE_SETS)
-    for template in templates:
-        if "{}" not in template:
-            raise DataError(f"{name}: the prompt {template!r} has no {{}} where the class goes")
-    return templates
-
-
 def match_labels(labels: Sequence[str | int], class_names: Sequence[str]) -> dict[str | int, int]:
     """Each label's place in `class_names`: by number, by name (`_` for a space, any case), or by order.
 
@@ -164,21 +136,3 @@ def take_as_classes(labels: Sequence[str | int]) -> list[str]:
 
 def _plain(name: str) -> str:
     return name.replace("_", " ").casefold()
-
-
-def _read_list(name: str, entry: str, *, known: Mapping[str, Any]) -> list[str]:
-    path = Path(name)
-    if not path.is_file():
-        raise DataError(f"{name}: neither a file nor one of {', '.join(known)}")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        try:
-            tree = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{name}: not JSON ({error})") from error
-        found = tree.get(entry) if isinstance(tree, dict) else tree
-    else:
-        found = [line.strip() for line in text.splitlines() if line.strip()]
-    if not isinstance(found, list) or not found or not all(isinstance(item, str) for item in found):
-        raise DataError(f"{name}: expected a list of texts (in JSON, at the top or as {entry!r})")
-    return found

@@ -1,13 +1,13 @@
 """The optimiser, its parameter groups, and the learning rate as a pure function of the step."""
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from sycoca.config import Config
 from sycoca.distributed import split_like
@@ -66,7 +66,7 @@ def group_parameters(task: nn.Module, weight_decay: float) -> list[dict[str, Any
     of_losses: list[nn.Parameter] = []
     seen: set[nn.Parameter] = set()
     for module in task.modules():
-        is_matrix = isinstance(module, nn.Linear | nn.Conv2d | Conv1D | Vocabulary)
+        is_matrix = _is_matrix(module)
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad or parameter in seen:
                 continue
@@ -80,6 +80,13 @@ def group_parameters(task: nn.Module, weight_decay: float) -> list[dict[str, Any
         {"params": plain, "weight_decay": 0.0},
         {"params": of_losses, "weight_decay": 0.0},
     ]
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """Whether its weight is one; also of GPT-2's layers, whose library is slow to import and there if the model is."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    kinds = (nn.Linear, nn.Conv2d, Vocabulary, *([library.Conv1D] if library is not None else []))
+    return isinstance(module, kinds)
 
 
 def split_by_scale(groups: list[dict[str, Any]], scales: Mapping[nn.Parameter, float]) -> list[dict[str, Any]]:

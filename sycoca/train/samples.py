@@ -6,9 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from sycoca.data.pipeline import DataConfig, build_eval_loader
@@ -101,6 +99,8 @@ def unnormalise_patches(pixel_BKX: Tensor, batch: Batch, place_BK: Tensor, patch
 
 def draw_samples(columns: dict[str, Tensor], rows: list[dict[str, Any]], path: Path) -> None:
     """One row a pair: the pictures, then what was written and the reference."""
+    from matplotlib.figure import Figure  # slow to import, and most processes draw nothing
+
     num_rows, num_columns = len(rows), len(columns) + 1
     figure = Figure(figsize=(2.1 * num_columns + 1.2, 2.0 * num_rows + 0.5), dpi=110, layout="constrained")
     axes = figure.subplots(num_rows, num_columns, squeeze=False, width_ratios=[1] * len(columns) + [1.5])
@@ -125,6 +125,6 @@ def _show(axis: Any, picture_CHW: Tensor, image_CHW: Tensor) -> None:
     if picture_CHW.shape[0] == 1:
         side = image_CHW.shape[-1]
         axis.imshow(image_CHW.permute(1, 2, 0).mean(dim=-1), cmap="gray", vmin=0, vmax=1.6, extent=(0, side, side, 0))
-        axis.imshow(picture_HWC[..., 0], cmap=matplotlib.colormaps["inferno"], alpha=0.65, extent=(0, side, side, 0))
+        axis.imshow(picture_HWC[..., 0], cmap="inferno", alpha=0.65, extent=(0, side, side, 0))
         return
     axis.imshow(picture_HWC.nan_to_num(HIDDEN_GREY), interpolation="nearest")

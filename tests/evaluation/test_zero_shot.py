@@ -14,17 +14,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from sycoca.evaluation.class_prompts import TEMPLATE_SETS, read_classes, read_templates
 from sycoca.evaluation.image_sources import batch_images, labelled_images, list_labels
 from sycoca.evaluation.zero_shot import (
-    TEMPLATE_SETS,
     ZeroShotEvaluator,
     accuracy_metrics,
     class_table,
     embed_classes,
     label_places,
     match_labels,
-    read_classes,
-    read_templates,
 )
 from sycoca.types import DataError
 

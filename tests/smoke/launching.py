@@ -18,7 +18,8 @@ DDP = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--rdzv-backend", "c10d",
 
 def accelerate(launch_file: str | Path) -> list[str]:
     """The command of two processes under a launch file; port 0 is any free one, so that tests may run side by side."""
-    command = [str(BIN / "accelerate"), "launch", "--config_file", str(launch_file)]
+    # `accelerate launch` by its other name, which does not import the library's other commands first
+    command = [str(BIN / "accelerate-launch"), "--config_file", str(launch_file)]
     return [*command, "--num_processes", "2", "--main_process_port", "0"]
 
 
