@@ -54,7 +54,7 @@ downstream: $(STAMP)
 # one thread a worker: tensors are tiny, and two workers with two threads each wait for each other
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 soak: export OMP_NUM_THREADS = 1
 soak: $(STAMP)

@@ -1,7 +1,6 @@
-"""What one rank of test_ddp.py does. A module of its own, so that a fork server imports the library once for all ranks."""
+"""What one rank of test_ddp.py does."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,22 +41,11 @@ def this_ranks_rows() -> Batch:
     return take_rows(whole_batch(), list(range(rank() * size, (rank() + 1) * size)))
 
 
-def run_rank(number: int, world: int, port: int, folder: str, failures: Any) -> None:
-    """Entry point of one process; rank 0 saves what it found, any rank reports its error."""
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-                   "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
-    torch.set_num_threads(1)
-    try:
-        contrast = {is_masked: contrast_by_chunk_rows(is_masked) for is_masked in (False, True)}
-        found = {"gradients": {name: ddp_gradients(name) for name in CASES}, "talk": talk(), "contrast": contrast}
-        if number == 0:
-            torch.save(found, Path(folder) / f"world_{world}.pt")
-    except Exception as error:
-        failures.put(f"rank {number}: {error!r}")
-        raise
-    finally:
-        torch.distributed.destroy_process_group()
+def find_all() -> dict[str, Any]:
+    """What one rank finds. Gradients first: they start the process group, without which every rank is alone."""
+    found = {name: ddp_gradients(name) for name in CASES}
+    contrast = {is_masked: contrast_by_chunk_rows(is_masked) for is_masked in (False, True)}
+    return {"gradients": found, "talk": talk(), "contrast": contrast}
 
 
 def ddp_gradients(case: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What one rank of test_engine_gradients.py does: gradients under every engine, with dropout and attentive masks."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,20 +63,9 @@ def seed_dropout(number: int) -> None:
     torch.manual_seed(100 + number)
 
 
-def run_rank(number: int, world: int, port: int, folder: str, cases: list[Case], failures: Any) -> None:
-    """Entry point of one process; rank 0 saves what it found, any rank reports its error."""
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
-    torch.set_num_threads(1)
-    try:
-        found = {case: engine_gradients(*case) for case in cases}
-        if number == 0:
-            torch.save(found, Path(folder) / f"world_{world}.pt")
-    except Exception as error:
-        failures.put(f"rank {number}: {error!r}")
-        raise
-    finally:
-        torch.distributed.destroy_process_group()
+def find_gradients(cases: list[Case]) -> dict[Case, Any]:
+    """What one rank finds."""
+    return {case: engine_gradients(*case) for case in cases}
 
 
 def engine_gradients(engine: str, row: str, num_chunks: int) -> dict[str, Any]:

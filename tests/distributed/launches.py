@@ -1,21 +1,20 @@
 """Ranks as real processes, forked from a server that has the library imported."""
 
 import json
-import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from run_worker import Launch, Rank, train_rank
-from test_ddp import free_port
+
+from tests.forks import fork_context, free_port
 
 TIMEOUT = 500
 
 
 def launch_ranks(launch: Launch, work: Rank = train_rank) -> tuple[list[int | None], list[str]]:
     """The exit status of every rank, and what the ranks say went wrong."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sycoca.train.pretrain", "sycoca.train.checkpoint.zero_shards"])
+    context = fork_context()
     launch, failures = replace(launch, port=free_port()), context.SimpleQueue()
     ranks: list[Any] = [context.Process(target=work, args=(number, launch, failures)) for number in range(launch.world)]
     for process in ranks:

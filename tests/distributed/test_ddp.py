@@ -1,42 +1,22 @@
 """Gradients do not depend on the number of processes: world sizes 1, 2 and 4 under DDP against one plain process."""
 
-import multiprocessing
-import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from builders import assert_same_gradients, build_task, gradients
-from ddp_worker import CASES, run_rank, whole_batch
+from ddp_worker import CASES, find_all, whole_batch
+
+from tests.forks import run_ranks
 
 pytestmark = pytest.mark.slow
 WORLDS = [1, 2, 4]
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
-def found_at(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
-    """What rank 0 found at each world size. One fork server imports the library; every rank is a fork of it."""
-    folder: Path = tmp_path_factory.mktemp("ddp")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ddp_worker"])
-    for world in WORLDS:
-        failures, port = context.SimpleQueue(), free_port()
-        ranks = [context.Process(target=run_rank, args=(n, world, port, str(folder), failures)) for n in range(world)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(timeout=300)
-        for process in ranks:
-            process.kill()
-        assert failures.empty() and all(process.exitcode == 0 for process in ranks), failures.get()
-    return {world: torch.load(folder / f"world_{world}.pt", weights_only=False) for world in WORLDS}
+def found_at() -> dict[int, Any]:
+    """What rank 0 found at each world size."""
+    return {world: run_ranks(find_all, world, ACCELERATE_USE_CPU="true")[0] for world in WORLDS}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +54,7 @@ def test_the_mean_over_ranks_is_the_loss_of_the_whole_batch(found_at: dict, expe
 def test_contrast_in_chunks_is_the_whole_matrix_on_every_rank(found_at: dict, world: int, is_masked: bool, chunk_rows: int):
     """In float64. The temperature is used in float32, and so is its gradient."""
     found = found_at[world]["contrast"][is_masked]
+    assert len(found[0]) == world
     for chunked, whole in zip(found[chunk_rows], found[0], strict=True):
         torch.testing.assert_close(chunked.pop("scale"), whole["scale"], rtol=1e-6, atol=1e-7)
         assert whole["image"].dtype == torch.float64

@@ -4,43 +4,21 @@ Dropout and attentive masks are on. Each rank seeds its own dropout, so the refe
 their chunks, each encoded in the same order with the same seeds, nothing recomputed, and one contrastive batch of them all.
 """
 
-import multiprocessing
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from builders import assert_same_gradients, gradients
-from gradient_worker import ENGINES, ROWS, Case, build_noisy_task, rows_of, run_rank, seed_dropout
-from test_ddp import free_port
+from gradient_worker import ENGINES, ROWS, Case, build_noisy_task, find_gradients, rows_of, seed_dropout
 from torch import Tensor
 
 from sycoca.objectives.base import Objective
 from sycoca.train.task import PretrainTask, split_batch
 from sycoca.types import Batch, Features
+from tests.forks import run_ranks
 
 QUICK: dict[int, list[Case]] = {2: [(engine, "sycoca", 4) for engine in ENGINES]}
 WHOLE: dict[int, list[Case]] = {
     world: [(engine, row, num_chunks) for engine in ENGINES for row in ROWS for num_chunks in (1, 4)] for world in (1, 2, 4)
 }
-
-
-def launch(world: int, cases: list[Case], folder: Path) -> dict[Case, Any]:
-    """What rank 0 found, from processes that are forks of one server, which imports the libraries once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gradient_worker"])
-    failures, port = context.SimpleQueue(), free_port()
-    ranks = [
-        context.Process(target=run_rank, args=(number, world, port, str(folder), cases, failures)) for number in range(world)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=1800)
-    for process in ranks:
-        process.kill()
-    assert failures.empty() and all(process.exitcode == 0 for process in ranks), failures.get()
-    return torch.load(folder / f"world_{world}.pt", weights_only=False)
 
 
 def expected(row: str, world: int, num_chunks: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -76,8 +54,8 @@ def contrast(task: PretrainTask, member: Objective, encoded: list[Features]) -> 
     return member(task.model, rows_of(0, 1), Features(torch.zeros(0), torch.zeros(0), None, *rows))[0]
 
 
-def check(world: int, cases: list[Case], folder: Path) -> None:
-    for case, found in launch(world, cases, folder).items():
+def check(world: int, cases: list[Case]) -> None:
+    for case, found in run_ranks(find_gradients, world, cases)[0].items():
         engine, row, num_chunks = case
         loss, wanted = expected(row, world, num_chunks)
         name = f"{case} with {world} processes"
@@ -89,16 +67,16 @@ def check(world: int, cases: list[Case], folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", QUICK)
-def test_gradients_under_every_engine_are_exact_with_dropout_and_attentive_masks(world: int, tmp_path: Path):
+def test_gradients_under_every_engine_are_exact_with_dropout_and_attentive_masks(world: int):
     """Two processes with four recomputed chunks each; the temperature is among the gradients."""
-    check(world, QUICK[world], tmp_path)
+    check(world, QUICK[world])
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("world", WHOLE)
-def test_gradients_are_exact_in_the_whole_matrix(world: int, tmp_path: Path):
+def test_gradients_are_exact_in_the_whole_matrix(world: int):
     """One, two and four processes, every engine, in one piece and in four chunks, the objectives together and apart."""
-    check(world, WHOLE[world], tmp_path)
+    check(world, WHOLE[world])
 
 
 def test_dropout_matters_for_what_is_compared():

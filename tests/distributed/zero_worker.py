@@ -1,12 +1,8 @@
-"""What every rank of test_zero.py runs: a few steps of `train` under ZeRO 1, 2 and 3 in turn; rank 0 saves what came out.
-
-    accelerate launch --use_deepspeed --zero_stage 1 --num_processes 2 --mixed_precision no zero_worker.py <folder>
-"""
+"""What every rank of test_zero.py runs: a few steps of `train` under ZeRO 1, 2 and 3 in turn."""
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
@@ -30,7 +26,7 @@ def batches() -> Iterator[Batch]:
         yield take_rows(build_batch(NUM_ALL, seed=step), list(range(rank() * size, (rank() + 1) * size)))
 
 
-def run_steps(*, num_chunks: int) -> dict:
+def run_steps(*, num_chunks: int) -> dict[str, Any]:
     """Weights, losses and gradient norms of a full SyCoCa after `PLAN`'s steps, and the engine's name."""
     size = NUM_ALL // int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = build_accelerator(PLAN.clip_norm, batch_size=size)
@@ -48,18 +44,12 @@ def run_steps(*, num_chunks: int) -> dict:
     return {"weights": weights, "losses": torch.stack(losses), "norms": torch.stack(norms), "engine": engine}
 
 
-def switch_stage(stage: int) -> None:
-    """As if launched with another `--zero_stage`, which the launcher passes on in the environment; saves two launches."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def find_by_stage() -> dict[int, dict[str, Any]]:
+    """What a rank finds under each stage, as if launched anew for it: launchers say in the environment what to use."""
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+    found = {}
     for stage in (1, 2, 3):
-        switch_stage(stage)
-        found = run_steps(num_chunks=2)
-        if rank() == 0:
-            torch.save(found, Path(sys.argv[1]) / f"stage_{stage}.pt")
-    torch.distributed.barrier()  # none leaves while another still writes: its own end would be an abort
-    torch.distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
+        found[stage] = run_steps(num_chunks=2)
+    return found

@@ -1,9 +1,5 @@
 """Captioning a test set and scoring it, in one process and in two."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ from sycoca.evaluation.caption_metrics import score_captions
 from sycoca.evaluation.captioning import CaptionEvaluator, caption_batches
 from sycoca.evaluation.clip_score import ClipScoreEvaluator
 from sycoca.types import DataError
+from tests.forks import run_ranks
 
 NUM_IMAGES = 11
 THINGS = ["red dog", "blue cat", "green bus", "old tree"]
@@ -86,27 +83,22 @@ def test_sets_that_cannot_be_measured_are_refused(batches: list[dict], message: 
 
 
 @pytest.mark.slow
-def test_two_processes_with_uneven_shares_give_the_numbers_of_one(tmp_path: Path):
-    command = [sys.executable, __file__, str(tmp_path / "store")]
-    processes = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
-    found = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in processes]
-    alone = json.loads(json.dumps(evaluate(list(range(NUM_IMAGES)), 4)))
+def test_two_processes_with_uneven_shares_give_the_numbers_of_one():
+    found = run_ranks(evaluate_shares, 2)
+    alone = evaluate(list(range(NUM_IMAGES)), 4)
     assert found == [[*[alone] * len(UNEVEN_SHARES), "key001: two images of this name; captioning needs each image once"]] * 2
 
 
 UNEVEN_SHARES = [[[0, 3, 6, 9, 4, 10, 8], [1, 2, 5, 7]], [list(range(NUM_IMAGES))[::-1], []]]
 
 
-def run_one_rank(store: str, rank: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def evaluate_shares() -> list:
+    """On one rank."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     found: list = [evaluate(shares[rank], 3) for shares in UNEVEN_SHARES]
     try:
         CaptionEvaluator(make_batches([1, 2 + rank]))(Namer())
     except DataError as error:
         found.append(str(error))
-    print(json.dumps(found))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    run_one_rank(sys.argv[1], int(sys.argv[2]))
+    return found

@@ -1,9 +1,5 @@
 """Re-ranking against hand-made cases and a loop over all candidates, in one process and in two."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +11,7 @@ from torch import Tensor
 from sycoca.evaluation.rerank import RerankEvaluator, reranked_places
 from sycoca.evaluation.retrieval import RetrievalEvaluator
 from sycoca.types import DataError
+from tests.forks import run_ranks
 
 NUM_IMAGES, WIDTH, NUM_CANDIDATES, WEIGHT = 11, 6, 4, 0.3
 
@@ -147,10 +144,8 @@ def test_sets_that_cannot_be_measured_are_refused(batches: list[dict[str, Any]],
 
 
 @pytest.mark.slow
-def test_two_processes_with_uneven_shares_give_the_numbers_of_one(tmp_path: Path):
-    command = [sys.executable, __file__, str(tmp_path / "store")]
-    processes = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
-    found = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in processes]
+def test_two_processes_with_uneven_shares_give_the_numbers_of_one():
+    found = run_ranks(evaluate_shares, 2)
     alone = evaluate(make_batches(list(range(NUM_IMAGES)), 4))
     assert found == [[alone] * len(UNEVEN_SHARES)] * 2
 
@@ -158,11 +153,8 @@ def test_two_processes_with_uneven_shares_give_the_numbers_of_one(tmp_path: Path
 UNEVEN_SHARES = [[[0, 3, 6, 9, 4, 10, 8], [1, 2, 5, 7]], [list(range(NUM_IMAGES))[::-1], []]]
 
 
-def run_one_rank(store: str, rank: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    print(json.dumps([evaluate(make_batches(shares[rank], 3), chunk=2) for shares in UNEVEN_SHARES]))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    run_one_rank(sys.argv[1], int(sys.argv[2]))
+def evaluate_shares() -> list[dict[str, float]]:
+    """On one rank."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    return [evaluate(make_batches(shares[rank], 3), chunk=2) for shares in UNEVEN_SHARES]

@@ -1,9 +1,5 @@
 """Retrieval against loops and hand-made cases, in one process and in two."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +10,7 @@ from torch import Tensor
 
 from sycoca.evaluation.retrieval import RetrievalEvaluator, recall_metrics, retrieval_ranks
 from sycoca.types import DataError
+from tests.forks import run_ranks
 
 NUM_IMAGES, WIDTH = 11, 6
 
@@ -131,10 +128,8 @@ def test_sets_that_cannot_be_measured_are_refused(batches: list[dict], message: 
 
 
 @pytest.mark.slow
-def test_two_processes_with_uneven_shares_give_the_numbers_of_one(tmp_path: Path):
-    command = [sys.executable, __file__, str(tmp_path / "store")]
-    processes = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
-    found = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in processes]
+def test_two_processes_with_uneven_shares_give_the_numbers_of_one():
+    found = run_ranks(evaluate_shares, 2)
     alone = RetrievalEvaluator(make_batches(list(range(NUM_IMAGES)), 4), chunk=3)(TableEncoder())
     assert found == [[alone] * len(UNEVEN_SHARES)] * 2
 
@@ -142,12 +137,9 @@ def test_two_processes_with_uneven_shares_give_the_numbers_of_one(tmp_path: Path
 UNEVEN_SHARES = [[[0, 3, 6, 9, 4, 10, 8], [1, 2, 5, 7]], [list(range(NUM_IMAGES))[::-1], []]]
 
 
-def run_one_rank(store: str, rank: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def evaluate_shares() -> list[dict[str, float]]:
+    """On one rank."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     evaluators = [RetrievalEvaluator(make_batches(shares[rank], 3), chunk=2) for shares in UNEVEN_SHARES]
-    print(json.dumps([evaluator(TableEncoder()) for evaluator in evaluators]))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    run_one_rank(sys.argv[1], int(sys.argv[2]))
+    return [evaluator(TableEncoder()) for evaluator in evaluators]

@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from sycoca.evaluation.zero_shot import (
     match_labels,
 )
 from sycoca.types import DataError
+from tests.forks import run_ranks
 
 CLASSES = [f"class {number}" for number in range(7)]
 TEMPLATES = ["a {}", "the {} here"]
@@ -109,10 +108,8 @@ def test_constant_and_broken_embeddings_come_last(value: float):
 
 
 @pytest.mark.slow
-def test_two_processes_with_uneven_shares_give_the_numbers_of_one(tmp_path: Path):
-    command = [sys.executable, __file__, str(tmp_path / "store")]
-    processes = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
-    found = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in processes]
+def test_two_processes_with_uneven_shares_give_the_numbers_of_one():
+    found = run_ranks(evaluate_shares, 2)
     alone = ZeroShotEvaluator(make_batches(range(40), 7), class_names=CLASSES, templates=TEMPLATES)(NoisyEncoder())
     assert found == [[alone] * len(SIZES_OF_FIRST_SHARE)] * 2
 
@@ -203,16 +200,13 @@ def test_classes_and_templates_come_from_sets_and_files(tmp_path: Path):
 SIZES_OF_FIRST_SHARE = (13, 40)  # of 40 images; the second rank has the others, in the end none
 
 
-def run_one_rank(store: str, rank: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def evaluate_shares() -> list[dict[str, float]]:
+    """On one rank."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     found = []
     for size in SIZES_OF_FIRST_SHARE:
         batches = make_batches([range(size), range(size, 40)][rank], 4)
         evaluator = ZeroShotEvaluator(batches, class_names=CLASSES, templates=TEMPLATES, text_batch_size=3)
         found.append(evaluator(NoisyEncoder()))
-    print(json.dumps(found))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    run_one_rank(sys.argv[1], int(sys.argv[2]))
+    return found

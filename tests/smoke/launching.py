@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forks import run_script
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 SMOKE = "configs/pretrain/smoke.yaml"
@@ -50,6 +52,8 @@ def environment(data: Path) -> dict[str, str]:
 def run(command: list[str], data: Path, *, is_ddp: bool = False) -> subprocess.CompletedProcess[str]:
     """Run a command in the repository's root, on the CPU."""
     env = environment(data) | ({"ACCELERATE_USE_CPU": "true"} if is_ddp else {})
+    if command[: len(PLAIN)] == PLAIN:
+        return run_script(command[len(PLAIN) :], env)
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 from subprocess import PIPE
@@ -13,6 +12,7 @@ from PIL import Image
 
 import sycoca
 from sycoca.train.checkpoint.consolidate import consolidate
+from tests.forks import free_port
 from tests.smoke.launching import DDP, PLAIN, ROOT, SMOKE, accelerate, environment, losses, nodes, pretrain, run, zero_3
 
 pytestmark = pytest.mark.slow
@@ -186,12 +186,6 @@ def test_the_state_of_another_engine_is_refused(runs, data: Path):
     done = run(command, data)
     assert done.returncode == 2
     assert "written by ZeRO-2 on 2 processes and this run is plain on 1" in done.stderr.splitlines()[-1]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def _forget_after(folder: Path, *, step: int) -> None:

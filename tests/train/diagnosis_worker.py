@@ -1,7 +1,4 @@
-"""What every rank of test_diagnosis_over_ranks.py runs: bad batches, gradient norms, and a rank that sleeps in its data loader.
-
-    accelerate launch --use_deepspeed --zero_stage 1 --num_processes 2 --mixed_precision no diagnosis_worker.py <folder>
-"""
+"""What every rank of test_diagnosis_over_ranks.py runs: bad batches, gradient norms, a rank that sleeps in its data loader."""
 
 import os
 import sys
@@ -120,36 +117,20 @@ def sleep_in_the_loader(folder: Path) -> None:
         train(task, sleepy(), optimizer, accelerator=accelerator, plan=PLAN, state=state, hooks=[])
 
 
-def run_rank(number: int, world: int, port: int, folder: str, failures: Any) -> None:
-    """Entry point of one process under DDP."""
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-                   "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
-    torch.set_num_threads(1)
-    try:
-        found = skip_bad_batches(Path(folder), world)
-        found["errors"] = stop_at_a_bad_batch(Path(folder))
-        sleep_in_the_loader(Path(folder))
-        if number == 0:
-            torch.save(found, Path(folder) / "found.pt")
-    except Exception as error:
-        failures.put(f"rank {number}: {error!r}")
-        raise
-    finally:
-        torch.distributed.destroy_process_group()
+def find_under_ddp(folder: Path) -> dict[str, Any]:
+    """What a rank finds, and files in the folder."""
+    found = skip_bad_batches(folder, 2)
+    found["errors"] = stop_at_a_bad_batch(folder)
+    sleep_in_the_loader(folder)
+    return found
 
 
-def switch_stage(stage: int) -> None:
-    """As if launched with another `--zero_stage`."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def find_under_zero(folder: Path) -> dict[str, Any]:
+    """What a rank finds under each stage, as if launched anew for it: launchers say in the environment what to use."""
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+    found = {}
     for stage in (1, 2, 3):
-        switch_stage(stage)
-        result = skip_bad_batches(Path(sys.argv[1]) / f"stage_{stage}", int(os.environ["WORLD_SIZE"]))
-        if rank() == 0:
-            torch.save(result, Path(sys.argv[1]) / f"stage_{stage}.pt")
-    torch.distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
+        found[f"ZeRO-{stage}"] = skip_bad_batches(folder / f"stage_{stage}", 2)
+    return found

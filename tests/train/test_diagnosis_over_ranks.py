@@ -1,61 +1,30 @@
 """Two real processes under DDP and ZeRO: bad batches are left out by all, norms are the whole batch's, a sleeper is named."""
 
 import json
-import multiprocessing
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diagnosis_worker import BAD_GRADIENT, BAD_LOSS, run_rank, skip_bad_batches
+from diagnosis_worker import BAD_GRADIENT, BAD_LOSS, find_under_ddp, find_under_zero, skip_bad_batches
+
+from tests.forks import run_ranks
 
 pytestmark = pytest.mark.slow
-HERE = Path(__file__).parent
 ENGINES = ["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder that two ranks under DDP left, and what rank 0 found."""
     folder: Path = tmp_path_factory.mktemp("ddp")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["diagnosis_worker"])
-    failures, port = context.SimpleQueue(), free_port()
-    ranks = [context.Process(target=run_rank, args=(n, 2, port, str(folder), failures)) for n in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=500)
-    for process in ranks:
-        process.kill()
-    assert failures.empty() and all(process.exitcode == 0 for process in ranks), failures.get()
-    return folder, torch.load(folder / "found.pt", weights_only=False)
+    return folder, run_ranks(find_under_ddp, 2, folder, ACCELERATE_USE_CPU="true")[0]
 
 
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two processes found at each ZeRO stage, from one launch."""
-    folder = tmp_path_factory.mktemp("zero")
-    command = [
-        "-m", "accelerate.commands.launch", "--use_deepspeed", "--zero_stage", "1", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()),
-        str(HERE / "diagnosis_worker.py"), str(folder),
-    ]  # fmt: skip
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment |= {"PYTHONPATH": f"{HERE.parent}:{HERE.parents[1]}", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {f"ZeRO-{stage}": torch.load(folder / f"stage_{stage}.pt", weights_only=False) for stage in (1, 2, 3)}
+    """What two processes found at each ZeRO stage."""
+    return run_ranks(find_under_zero, 2, tmp_path_factory.mktemp("zero"))[0]
 
 
 @pytest.fixture(scope="module")
