@@ -71,10 +71,12 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(data: Path, tmp_path: P
 def test_what_one_rank_cannot_write_is_an_error_on_all_and_leaves_the_checkpoint_before(
     engine: str, data: Path, tmp_path: Path
 ):
-    launch = replace(launch_of(engine, 0, data, tmp_path / "full"), unwritable_at=4)
+    """From step 6, while the checkpoint of step 4 may be half written: that of step 2 is there in any case."""
+    launch = replace(launch_of(engine, 0, data, tmp_path / "full"), unwritable_at=6)
     statuses, failures = launch_ranks(launch)
     assert statuses == [1, 1]
     assert len(set(failures)) == 1 and len(failures) == 2
     assert "could not be written: File too large" in failures[0]
-    assert "step_00000002 is the last good checkpoint" in failures[0]
-    assert sorted(path.name for path in (launch.folder / "checkpoints").iterdir()) == ["last", "step_00000002"]
+    left = sorted(path.name for path in (launch.folder / "checkpoints").iterdir())
+    assert left in (["last", "step_00000002"], ["last", "step_00000002", "step_00000004"])
+    assert f"{left[-1]} is the last good checkpoint" in failures[0]
