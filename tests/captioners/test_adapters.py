@@ -69,6 +69,15 @@ def test_unreduced_adapters_are_transformers_own_cross_attention():
     torch.testing.assert_close(logits, own.eval()(ids, encoder_hidden_states=memory_NMF).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_new_adapters_begin_as_gpt2_does_but_for_what_they_add():
+    adapters = CrossAttentionAdapters(build_causal("gpt2"), memory_width=64, reduction=1)
+    for layer in adapters.layers:
+        assert isinstance(layer, CrossAttention)
+        drawn = torch.cat([layer.query.weight.flatten(), layer.key_value.weight.flatten()])
+        assert drawn.std().item() == pytest.approx(0.02, rel=0.1) and drawn.mean().item() == pytest.approx(0, abs=0.002)
+        assert not any(value.any() for value in (layer.out.weight, layer.query.bias, layer.key_value.bias, layer.out.bias))
+
+
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_new_adapters_leave_the_model_as_it_was_and_trained_ones_look_at_the_image(kind: str):
     lm, untouched = build_lm(kind), build_lm(kind)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from builders import shake
 from tiny_lms import CAUSAL, KINDS, MAX_POSITIONS, PROMPTS, build_causal, build_lm, build_tokenizer, plain_logits, prompts
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from sycoca.captioners.lm import CaptionLM, Condition
@@ -66,6 +67,16 @@ def test_greedy_captions_are_those_of_transformers_own_generate(kind: str):
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0]
         theirs = whole[1:] if model.config.is_encoder_decoder else whole[ids.shape[1] :]
         assert row.tolist()[: len(theirs)] == theirs.tolist()
+
+
+@pytest.mark.parametrize(("kind", "is_open"), [("gpt2", True), ("t5", False)])
+def test_a_causal_model_s_prompt_stays_open_where_the_tokenizer_ends_every_text(kind: str, is_open: bool):
+    lm = build_lm(kind)
+    bos, *words = lm.encode_prompt("a dog")
+    assert lm.tokenizer.decode(words) == "a dog" and bos == lm.tokenizer.bos_token_id
+    ends = [("[BOS]", bos), ("[EOS]", lm.eos)]
+    lm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="[BOS] $A [EOS]", special_tokens=ends)
+    assert lm.encode_prompt("a dog") == ([bos, *words] if is_open else [bos, *words, lm.eos])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -47,6 +47,7 @@ def test_sample_draws_from_the_pool_alike_and_keeps_the_rank():
     assert all(sorted(pair, key=RANKED.index) == pair for pair in drawn)
     counts = {item: sum(item in pair for pair in drawn) for item in RANKED}
     assert counts["a red mat"] == 0 and all(110 < counts[item] < 190 for item in RANKED[:4])
+    assert arrange_items(RANKED, PromptConfig(num_items=3, order="sample", pool=3), Random(0)) == RANKED[:3]
 
 
 @pytest.mark.parametrize("order", ["permute", "sample"])

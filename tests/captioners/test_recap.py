@@ -119,6 +119,8 @@ def test_parts_that_do_not_belong_together_are_refused_with_what_to_do():
         CaptionRetriever(other, found.aligner, found.datastore, num=K)
     with pytest.raises(DataError, match="datastore was built with the encoder"):
         CaptionRetriever(encoder, found.aligner, make_recap(strange, config, encoder=other).retriever.datastore, num=K)
+    every = CaptionRetriever(encoder, found.aligner, found.datastore, num=60).search(train.image_NE[:1], [""])
+    assert sorted(every[0].tolist()) == list(range(60))
     again = fit_image_to_text(make_pairs(encoder, 20, seed=9), AlignmentConfig())
     with pytest.raises(DataError, match="build the datastore with the aligner"):
         CaptionRetriever(encoder, again, found.datastore, num=K)

@@ -1,6 +1,7 @@
 """CgT-GAN's two players: the policy gradient against the exact one, who learns from what, and what a reward is made of."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,6 +104,8 @@ def test_a_caption_is_rated_against_the_greedy_one_or_the_mean_of_the_others(bas
     base_BJ = rate_letters(None, batch["embedding"], greedy) if baseline == "greedy" else torch.tensor(others)
     expected = -((reward_BJ - base_BJ) * log_prob_BJ).mean()
     assert figures["policy_loss"].item() == pytest.approx(expected.item(), abs=1e-5) and abs(expected) > 1e-3
+    have_ended = [lm.eos in row for of_image in drawn.token_NJT.tolist() for row in of_image]
+    assert figures["ended_share"].item() == pytest.approx(sum(have_ended) / len(have_ended))
     assert reward_BJ.std() > 0.1
 
 
@@ -130,6 +133,25 @@ def test_no_player_learns_from_the_other_s_loss():
     task._discriminate(["a red dog"], texts)[1].backward()
     assert flat_gradient(task.generator).norm() == 0 and flat_gradient(task.discriminator).norm() > 0
     assert not any(value.requires_grad for value in figures.values())
+
+
+def test_the_discriminator_learns_who_wrote_what_half_of_it_from_each():
+    """Against the cross-entropy by hand; no dropout in this one."""
+    task, real, written = build_task(), ["a red dog", "the thing is blue"], ["red", "dog dog red", "a a"]
+    figures, loss = task._discriminate(real, written)
+    of_real, of_written = (task.discriminator(texts).sigmoid().tolist() for texts in (real, written))
+    by_hand = -sum(map(math.log, of_real)) / 4 - sum(math.log(1 - prob) for prob in of_written) / 6
+    assert loss.item() == pytest.approx(by_hand, abs=1e-6)
+    assert figures["real_prob"].item() == pytest.approx(sum(of_real) / 2)
+    assert figures["written_prob"].item() == pytest.approx(sum(of_written) / 3)
+
+
+def test_the_initialisation_s_loss_is_nats_a_token():
+    task = ReconstructionTask(Generator(build_lm(std=0.3), EMBED_WIDTH, num_prefix=2), is_bf16=False)
+    rows = {"token": torch.tensor([[3, 4, 2], [5, 2, 0]]), "length": torch.tensor([3, 2])}
+    batch = {"embedding": torch.randn(2, EMBED_WIDTH), **rows}
+    log_prob_NT = task.generator.log_probs(batch["embedding"], batch["token"], batch["length"])
+    assert task(batch)[0].item() == pytest.approx(-(log_prob_NT[0].sum() + log_prob_NT[1, :2].sum()).item() / 5, abs=1e-6)
 
 
 def test_the_reward_is_its_terms_by_the_step_s_rho_and_each_is_logged():
@@ -189,12 +211,15 @@ def test_every_semantic_reward_prefers_the_text_of_the_image(tmp_path: Path):
 
 
 def test_the_discriminator_reads_a_text_alone_as_among_longer_ones():
+    """It judges the mean of the words' states."""
     task = build_task()
     task.discriminator.eval()
     texts = ["a red dog", "the thing is blue the thing is red", ""]
     together = task.discriminator(texts)
-    alone = torch.cat([task.discriminator([text]) for text in texts])
-    torch.testing.assert_close(together, alone)
+    rows = [torch.tensor([task.generator.lm.tokenizer.encode(text)]) for text in texts]
+    encoder: Any = task.discriminator.encoder
+    alone = [task.discriminator.head(encoder(input_ids=row).last_hidden_state[0].mean(0)) for row in rows]
+    torch.testing.assert_close(together, torch.cat(alone))
     assert together.unique().numel() == 3
 
 
