@@ -27,6 +27,7 @@ def test_id_zero_is_a_target_where_it_is_a_word_and_not_where_it_is_padding():
     """In CLIP's vocabulary 0 is an exclamation mark."""
     token_BL = torch.tensor([[BOS, 0, EOS, 0, 0]])
     assert next_token_labels(token_BL, torch.tensor([3])).tolist() == [[0, EOS, X, X, X]]
+    assert CaptioningConfig().build().mass({"token": token_BL, "length": torch.tensor([3])}) == 2
 
 
 def test_an_end_token_that_pads_is_a_target_once():
