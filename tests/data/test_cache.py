@@ -89,10 +89,12 @@ def test_files_in_use_are_not_removed_and_what_finds_no_room_is_not_kept(files: 
 def test_a_shard_larger_than_the_cache_or_of_unsaid_length_is_streamed(files: Path, tmp_path: Path) -> None:
     server = FaultyServer(files)
     with serve(server) as url:
+        assert _read(f"{url}/0.tar", Access(QUICK)) == ((files / "0.tar").read_bytes(), False)
         assert _read(f"{url}/0.tar", _access(tmp_path, num_files=0.5)) == ((files / "0.tar").read_bytes(), False)
+        assert _read(f"{url}/0.tar", _access(tmp_path / "just", num_files=1)) == ((files / "0.tar").read_bytes(), True)
         server.says_length = False
-        assert _read(f"{url}/1.tar", _access(tmp_path)) == ((files / "1.tar").read_bytes(), False)
-    assert _kept_bytes(tmp_path) == 0
+        assert _read(f"{url}/1.tar", _access(tmp_path / "none")) == ((files / "1.tar").read_bytes(), False)
+    assert _kept_bytes(tmp_path / "none") == 0
 
 
 def test_what_cannot_be_fetched_leaves_nothing_behind(files: Path, tmp_path: Path) -> None:
