@@ -101,7 +101,7 @@ def test_smallcap_trains_nothing_but_its_adapters_and_goes_on_where_it_stopped(
     config = smallcap(parts, scenes, tmp_path / "run")
     frozen = hash_weights(load_lm(parts / "lm").model, ""), load_encoder(config.encoder).fingerprint
     result = fit_smallcap(config)
-    assert result["step"] == 4 and result["fit_seconds"] > 0 and "CIDEr" in result
+    assert result["step"] == 4 and 0 < result["fit_seconds"] < 600 and "CIDEr" in result
     assert 0 <= float(result["copied_share"]) <= 1 and result["blank/num_images"] == result["num_images"]
     first = load_file(tmp_path / "run/checkpoints/step_00000002/model.safetensors")
     last = weights_of(tmp_path / "run")
