@@ -101,6 +101,15 @@ def test_accuracies_equal_a_loop_over_images():
     assert accuracy_metrics(evaluator.count(NoisyEncoder())) == metrics
 
 
+def test_classes_that_embed_alike_are_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sycoca.log.logger.propagate", True)
+    ZeroShotEvaluator(make_batches(range(7), 7), class_names=CLASSES, templates=TEMPLATES)(NoisyEncoder())
+    assert not caplog.text
+    names = [*CLASSES[:5], CLASSES[1], CLASSES[1]]
+    ZeroShotEvaluator(make_batches(range(7), 7), class_names=names, templates=TEMPLATES)(NoisyEncoder())
+    assert "distinct embeddings: 5, of 7 classes" in caplog.text
+
+
 @pytest.mark.parametrize("value", [1.0, 0.0, torch.nan])
 def test_constant_and_broken_embeddings_come_last(value: float):
     place_B = label_places(torch.full((3, 4), value), torch.full((9, 4), value), torch.tensor([0, 8, 4]))
