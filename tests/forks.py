@@ -7,7 +7,7 @@ import runpy
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = ["sycoca.train.pretrain", "sycoca.train.checkpoint.zero_shards", "transformers.models.auto.tokenization_auto"]
@@ -94,6 +95,15 @@ def _run_rank(environment: Mapping[str, str], work: Callable[..., Any], argument
         dist.destroy_process_group()
 
 
+def zero_stages() -> Iterator[int]:
+    """ZeRO's stages, in each as if this process had been launched anew for it: launchers say in the environment what to use."""
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+    for stage in (1, 2, 3):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
+        yield stage
+
+
 def run_script(command: Sequence[str], environment: Mapping[str, str]) -> CompletedProcess[str]:
     """As `python SCRIPT ARGUMENTS...` in the repository's root, with what it prints and its status."""
     with TemporaryDirectory() as folder:
@@ -101,10 +111,12 @@ def run_script(command: Sequence[str], environment: Mapping[str, str]) -> Comple
         process = fork_context().Process(target=_run_script, args=(list(command), dict(environment), said))
         process.start()
         process.join(timeout=TIMEOUT)
+        is_late = process.is_alive()
         process.kill()
-        status = 1 if process.exitcode is None else process.exitcode
         out, err = (path.read_text(encoding="utf-8", errors="replace") for path in said.values())
-        return CompletedProcess(command, status, out, err)
+        if is_late:
+            pytest.fail(f"{' '.join(command)} did not end in {TIMEOUT} s\n{err[-3000:]}")
+        return CompletedProcess(command, process.exitcode, out, err)
 
 
 def _run_script(command: list[str], environment: dict[str, str], said: Mapping[int, Path]) -> None:

@@ -53,7 +53,8 @@ class ZeroShotEvaluator:
     def count(self, subject: DualEncoder) -> ClassCounts:
         """Right answers by class."""
         class_NE = embed_classes(subject, self._class_names, self._templates, batch_size=self._text_batch_size)
-        _warn_of_ties(class_NE)
+        if rank() == 0:
+            _warn_of_ties(class_NE)
         count_3N = torch.zeros((3, len(self._class_names)), dtype=torch.int64, device=class_NE.device)
         for batch in self._batches:
             image_BE = F.normalize(subject.encode_image(batch["image"]).float(), dim=-1)
@@ -75,7 +76,7 @@ def embed_classes(subject: DualEncoder, class_names: Sequence[str], templates: S
 
 def _warn_of_ties(class_NE: Tensor) -> None:
     num_apart = len(class_NE.round(decimals=5).unique(dim=0))
-    if num_apart < len(class_NE) and rank() == 0:
+    if num_apart < len(class_NE):
         logger.warning(
             "distinct embeddings: %d, of %d classes; a tie counts as wrong: a name is there twice, or the tokenizer of this "
             "checkpoint does not know the names' words", num_apart, len(class_NE),

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from builders import ABLATION_ROWS, build_batch, build_task, take_rows
 
 from sycoca.distributed import mean_over_ranks, rank, world_size
@@ -13,6 +12,7 @@ from sycoca.train.engine import build_accelerator, describe_engine, prepare
 from sycoca.train.loop import StepReport, TrainState, train
 from sycoca.train.optim import OptimConfig, build_optimizer
 from sycoca.types import Batch
+from tests.forks import zero_stages
 
 PLAN = OptimConfig(lr=0.02, num_steps=3, warmup_steps=2, weight_decay=0.3, clip_norm=0.5, eps=1e-3)
 """The norm is clipped. A large eps: parameters whose gradient is rounding alone would else move by whole steps of Adam."""
@@ -45,11 +45,5 @@ def run_steps(*, num_chunks: int) -> dict[str, Any]:
 
 
 def find_by_stage() -> dict[int, dict[str, Any]]:
-    """What a rank finds under each stage, as if launched anew for it: launchers say in the environment what to use."""
-    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "no"}
-    found = {}
-    for stage in (1, 2, 3):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
-        found[stage] = run_steps(num_chunks=2)
-    return found
+    """What a rank finds under each stage."""
+    return {stage: run_steps(num_chunks=2) for stage in zero_stages()}

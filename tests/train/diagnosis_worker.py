@@ -1,6 +1,5 @@
 """What every rank of test_diagnosis_over_ranks.py runs: bad batches, gradient norms, a rank that sleeps in its data loader."""
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from builders import ABLATION_ROWS, build_batch, build_task, take_rows
 from torch import Tensor, nn
 
@@ -20,6 +18,7 @@ from sycoca.train.engine import build_accelerator, name_engine, prepare
 from sycoca.train.loop import Hook, StepReport, TrainState, train
 from sycoca.train.optim import OptimConfig, build_optimizer
 from sycoca.types import Batch, ConfigError, Metrics, TrainingError
+from tests.forks import zero_stages
 
 PLAN = OptimConfig(lr=0.02, num_steps=4, warmup_steps=2, clip_norm=0.5, eps=1e-3, on_non_finite="skip")
 NUM_ALL = 4
@@ -126,11 +125,5 @@ def find_under_ddp(folder: Path) -> dict[str, Any]:
 
 
 def find_under_zero(folder: Path) -> dict[str, Any]:
-    """What a rank finds under each stage, as if launched anew for it: launchers say in the environment what to use."""
-    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "no"}
-    found = {}
-    for stage in (1, 2, 3):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
-        found[f"ZeRO-{stage}"] = skip_bad_batches(folder / f"stage_{stage}", 2)
-    return found
+    """What a rank finds under each stage."""
+    return {f"ZeRO-{stage}": skip_bad_batches(folder / f"stage_{stage}", 2) for stage in zero_stages()}
